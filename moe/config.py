@@ -1,0 +1,256 @@
+"""What a layer and a decoder are made of: frozen, validated data with Hugging Face's key names.
+
+A config holds no device, no tensor and no callable, so it can be built, compared and written to JSON
+anywhere. Nonsense is refused when the object is made.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu2", "gelu"]
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+GroupScore = Literal["max", "top2"]
+CapacityPolicy = Literal["score", "position"]
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
+
+GATED_ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "clamped_swiglu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """One sparse Mixture-of-Experts feed-forward layer.
+
+    Sizes: `hidden_size` d, `moe_intermediate_size` h, `num_experts` e, `num_experts_per_tok` k.
+    The defaults are the plain softmax router of Mixtral and Qwen3-MoE over SwiGLU experts.
+
+    Raises:
+        ValueError: a size, a choice or a combination that no layer can have.
+    """
+
+    hidden_size: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+
+    # Experts
+    activation: Activation = "swiglu"
+    expert_bias: bool = False
+    swiglu_limit: float = 7.0  # clamped_swiglu only; gpt-oss
+    swiglu_alpha: float = 1.702  # clamped_swiglu only; gpt-oss
+    is_transposed: bool = False  # weights stored (e, in, out), as gpt-oss does
+    is_concatenated: bool = True  # False: gate and up interleaved (g0, u0, g1, u1, ...), as gpt-oss does
+
+    # Router
+    scoring_func: Score = "softmax"
+    topk_before_score: bool = False  # True: top-k of the logits, then the score over those k (gpt-oss, Granite)
+    use_selection_bias: bool = False  # a bias that chooses experts and never weighs them (2408.15664)
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: GroupScore = "top2"
+    norm_topk_prob: bool = True
+    norm_topk_eps: float = 0.0
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    router_logit_softcap: float | None = None
+    router_jitter_noise: float = 0.0
+    router_dtype: DType = "float32"  # the dtype in which logits and scores are computed
+    routing_weights_dtype: DType | None = None  # None: as router_dtype
+
+    # Shared experts: one dense FFN of width n_shared_experts * shared_expert_intermediate_size
+    n_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None  # None: as moe_intermediate_size
+    shared_expert_gate: bool = False  # True: multiplied by sigmoid(x . w), as Qwen2-MoE does
+
+    # Capacity: None is dropless
+    capacity_factor: float | None = None
+    capacity_policy: CapacityPolicy = "score"
+
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.num_experts:
+            self._check_routing()
+
+    def _check_routing(self) -> None:
+        for name in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group"):
+            _require_positive(self, name)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
+                f"num_experts={self.num_experts}: each token picks distinct experts. "
+                f"Lower num_experts_per_tok or add experts."
+            )
+        if self.num_experts % self.n_group:
+            raise ValueError(
+                f"num_experts={self.num_experts} must be divisible by n_group={self.n_group}: "
+                f"all groups have the same size."
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} must be at most n_group={self.n_group}.")
+        group_size = self.num_experts // self.n_group
+        if self.num_experts_per_tok > self.topk_group * group_size:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {self.topk_group * group_size} "
+                f"experts in topk_group={self.topk_group} groups of {group_size}. Raise topk_group."
+            )
+        if self.n_group > 1 and self.group_score == "top2" and group_size < 2:
+            raise ValueError(
+                f'group_score="top2" needs at least 2 experts a group, got {group_size} '
+                f"(num_experts={self.num_experts}, n_group={self.n_group}). Use group_score=\"max\"."
+            )
+        if self.topk_before_score and self.n_group > 1:
+            raise ValueError("topk_before_score=True chooses by logits and has no expert groups; set n_group=1.")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None for dropless.")
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ValueError(f"router_jitter_noise={self.router_jitter_noise} must be in [0, 1).")
+        if self.router_logit_softcap is not None and self.router_logit_softcap <= 0:
+            raise ValueError(f"router_logit_softcap={self.router_logit_softcap} must be positive, or None.")
+        if not self.is_gated and not self.is_concatenated:
+            raise ValueError(f'activation="{self.activation}" has no gate to interleave; set is_concatenated=True.')
+        if self.shared_expert_gate and not self.n_shared_experts:
+            raise ValueError("shared_expert_gate=True needs n_shared_experts >= 1.")
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an expert has a gate beside its up-projection."""
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the one dense FFN that stands for all shared experts; 0 when there is none."""
+        return self.n_shared_experts * (self.shared_expert_intermediate_size or self.moe_intermediate_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from plain data.
+
+        Raises:
+            ValueError: an unknown key (with the nearest known one), or a missing one.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in known:
+                raise ValueError(f"{cls.__name__} has no key {key!r}.{did_you_mean(key, known)}")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig(MoEConfig):
+    """A decoder-only transformer whose feed-forward layers are dense or MoE.
+
+    Layer i is MoE when `num_experts > 0`, i >= `first_k_dense_replace` and
+    (i + 1) % `decoder_sparse_step` == 0; otherwise it is a dense SwiGLU of width `intermediate_size`.
+
+    Raises:
+        ValueError: as MoEConfig, and heads or widths that do not fit together.
+    """
+
+    vocab_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+    moe_intermediate_size: int = 0
+    num_experts: int = 0  # 0: every layer is dense
+    num_experts_per_tok: int = 0
+    num_key_value_heads: int | None = None  # None: as num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    intermediate_size: int | None = None  # dense layers; needed when there is one
+    first_k_dense_replace: int = 0
+    decoder_sparse_step: int = 1
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    use_qk_norm: bool = False
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
+    router_aux_loss_coef: float = 0.0
+    router_aux_loss_convention: LossConvention = "megatron"
+    router_z_loss_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        MoEConfig.__post_init__(self)
+        for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "kv_heads"):
+            _require_positive(self, name)
+        for name in ("decoder_sparse_step", "max_position_embeddings"):
+            _require_positive(self, name)
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                f"{self.num_attention_heads}; change one of them or set head_dim."
+            )
+        if self.head_size <= 0 or self.head_size % 2:
+            raise ValueError(
+                f"head_dim={self.head_size} must be positive and even: rotary embedding turns pairs of channels."
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.kv_heads}: each key head serves a whole group of query heads."
+            )
+        if self.intermediate_size is None and not all(map(self.is_moe_layer, range(self.num_hidden_layers))):
+            raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
+        if self.intermediate_size is not None:
+            _require_positive(self, "intermediate_size")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) routes its feed-forward."""
+        past_dense = layer >= self.first_k_dense_replace
+        return self.num_experts > 0 and past_dense and (layer + 1) % self.decoder_sparse_step == 0
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A hint that ends an error message: the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+def _require_positive(config: MoEConfig, name: str) -> None:
+    value = getattr(config, name)
+    if value <= 0:
+        raise ValueError(f"{name}={value} must be at least 1.")
+
+
+_CHOICES = {
+    "activation": Activation,
+    "scoring_func": Score,
+    "group_score": GroupScore,
+    "capacity_policy": CapacityPolicy,
+    "router_dtype": DType,
+    "router_aux_loss_convention": LossConvention,
+}
+
+
+def _check_fields(config: MoEConfig) -> None:
+    """Refuse negative counts and words outside their choices."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{field.name}={value} must not be negative.")
+        if field.name in _CHOICES and value not in get_args(_CHOICES[field.name]):
+            choices = list(get_args(_CHOICES[field.name]))
+            raise ValueError(f"{field.name}={value!r} must be one of {choices}.")
+    if config.routing_weights_dtype not in (None, *get_args(DType)):
+        raise ValueError(f"routing_weights_dtype={config.routing_weights_dtype!r} must be None or one of {list(get_args(DType))}.")
