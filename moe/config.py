@@ -45,7 +45,9 @@ class MoEConfig:
 
     # Router
     scoring_func: Score = "softmax"
-    topk_before_score: bool = False  # True: top-k of the logits, then the score over those k (gpt-oss, Granite)
+    topk_before_score: bool = (
+        False  # True: top-k of the logits, then the score over those k (gpt-oss, Granite)
+    )
     use_selection_bias: bool = False  # a bias that chooses experts and never weighs them (2408.15664)
     n_group: int = 1
     topk_group: int = 1
@@ -100,18 +102,24 @@ class MoEConfig:
         if self.n_group > 1 and self.group_score == "top2" and group_size < 2:
             raise ValueError(
                 f'group_score="top2" needs at least 2 experts a group, got {group_size} '
-                f"(num_experts={self.num_experts}, n_group={self.n_group}). Use group_score=\"max\"."
+                f'(num_experts={self.num_experts}, n_group={self.n_group}). Use group_score="max".'
             )
         if self.topk_before_score and self.n_group > 1:
-            raise ValueError("topk_before_score=True chooses by logits and has no expert groups; set n_group=1.")
+            raise ValueError(
+                "topk_before_score=True chooses by logits and has no expert groups; set n_group=1."
+            )
         if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None for dropless.")
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} must be positive, or None for dropless."
+            )
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise={self.router_jitter_noise} must be in [0, 1).")
         if self.router_logit_softcap is not None and self.router_logit_softcap <= 0:
             raise ValueError(f"router_logit_softcap={self.router_logit_softcap} must be positive, or None.")
         if not self.is_gated and not self.is_concatenated:
-            raise ValueError(f'activation="{self.activation}" has no gate to interleave; set is_concatenated=True.')
+            raise ValueError(
+                f'activation="{self.activation}" has no gate to interleave; set is_concatenated=True.'
+            )
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError("shared_expert_gate=True needs n_shared_experts >= 1.")
 
@@ -253,4 +261,6 @@ def _check_fields(config: MoEConfig) -> None:
             choices = list(get_args(_CHOICES[field.name]))
             raise ValueError(f"{field.name}={value!r} must be one of {choices}.")
     if config.routing_weights_dtype not in (None, *get_args(DType)):
-        raise ValueError(f"routing_weights_dtype={config.routing_weights_dtype!r} must be None or one of {list(get_args(DType))}.")
+        raise ValueError(
+            f"routing_weights_dtype={config.routing_weights_dtype!r} must be None or one of {list(get_args(DType))}."
+        )

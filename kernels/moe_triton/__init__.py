@@ -1,0 +1,1 @@
+"""Triton kernels for sparse Mixture-of-Experts layers."""

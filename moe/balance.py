@@ -1,0 +1,30 @@
+"""Balancing without an auxiliary loss: a bias that steers the choice of experts and nothing else."""
+
+import torch
+from torch import Tensor
+
+from moe.routing import Router
+
+
+@torch.no_grad()
+def update_selection_bias(router: Router, tokens_per_expert: Tensor, rate: float = 1e-3) -> None:
+    """Raise the selection bias of experts below the mean load and lower it above: b += rate * sign(mean - load).
+
+    tokens_per_expert (e): counts over the whole batch of an optimizer step - all micro-batches, all ranks.
+    The step is centred, so the biases keep their mean. Equal loads change nothing.
+    Source: Wang et al. 2408.15664; centred as in torchtitan.
+
+    Raises:
+        ValueError: the router has no selection bias, or the counts have another length.
+    """
+    bias = router.e_score_correction_bias
+    if bias is None:
+        raise ValueError("this router has no selection bias; build it with use_selection_bias=True.")
+    if tokens_per_expert.shape != bias.shape:
+        raise ValueError(
+            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, expected one count for each of the "
+            f"{bias.numel()} experts."
+        )
+    load = tokens_per_expert.to(bias)
+    step = rate * torch.sign(load.mean() - load)
+    bias += step - step.mean()

@@ -1,0 +1,83 @@
+"""The experts of a layer: many small feed-forward networks in a few stacked tensors."""
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import MoEConfig
+from moe.ops.choose import Backend, choose_ops
+from moe.plan import RoutingPlan
+
+
+class Experts(nn.Module):
+    """e feed-forward networks; each row of the plan runs through the one that owns it.
+
+    gate_up_proj       (e 2h d)  gate rows first, then up rows (interleaved unless `is_concatenated`)
+    up_proj            (e h d)   instead of gate_up_proj for activations without a gate
+    down_proj          (e d h)
+    gate_up_proj_bias  (e 2h), up_proj_bias (e h), down_proj_bias (e d), when `expert_bias`
+
+    With `is_transposed` the weights are stored (e d 2h) and (e h d), as in gpt-oss, and used through views.
+    Names and layout are those of Hugging Face transformers 5, so its checkpoints and PEFT fit.
+    """
+
+    down_proj: nn.Parameter
+
+    def __init__(self, config: MoEConfig, *, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.backend: Backend = backend
+        e, d, h = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.up_name = "gate_up_proj" if config.is_gated else "up_proj"
+        width = 2 * h if config.is_gated else h
+        for name, outputs, inputs in ((self.up_name, width, d), ("down_proj", d, h)):
+            shape = (e, inputs, outputs) if config.is_transposed else (e, outputs, inputs)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            bias = nn.Parameter(torch.empty(e, outputs)) if config.expert_bias else None
+            self.register_parameter(f"{name}_bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights from N(0, initializer_range²); zero the biases."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+
+    def forward(self, x: Tensor, weights: Tensor, plan: RoutingPlan) -> Tensor:
+        """x (t d), weights (t k) -> (t d). Under autocast the products run in its dtype, the weights as given."""
+        config = self.config
+        tensors = [
+            getattr(self, self.up_name),
+            self.down_proj,
+        ]  # read once: PEFT swaps them behind the attribute
+        tensors += [getattr(self, f"{self.up_name}_bias"), self.down_proj_bias]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, *tensors = (None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))
+        up_proj, down_proj, up_bias, down_bias = tensors
+        if config.is_transposed:
+            up_proj, down_proj = up_proj.mT, down_proj.mT
+        return choose_ops(x.device, self.backend).experts_ffn(
+            x,
+            weights,
+            plan.pair_of_row,
+            plan.row_of_pair,
+            plan.offsets,
+            up_proj,
+            down_proj,
+            up_bias,
+            down_bias,
+            activation=config.activation,
+            interleaved=not config.is_concatenated,
+            limit=config.swiglu_limit,
+            alpha=config.swiglu_alpha,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, activation and the requested backend."""
+        c = self.config
+        return (
+            f"{c.num_experts} x ({c.hidden_size} -> {c.moe_intermediate_size} -> {c.hidden_size}), "
+            f"{c.activation}, backend={self.backend!r}"
+        )

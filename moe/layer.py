@@ -1,0 +1,115 @@
+"""The sparse Mixture-of-Experts layer, to be put wherever a feed-forward layer stands."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import pack, unpack
+from torch import Tensor, nn
+
+from moe.config import MoEConfig
+from moe.experts import Experts
+from moe.ops.choose import Backend
+from moe.plan import RoutingPlan, drop_over_capacity
+from moe.routing import Router, Routing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MoEOutput:
+    """What a layer computed. Losses and logs are the caller's.
+
+    y        shape and dtype of the input
+    routing  what the router decided, before any capacity
+    plan     what ran: pairs over capacity and padding are not in it
+    """
+
+    y: Tensor
+    routing: Routing
+    plan: RoutingPlan
+
+
+class SharedExpert(nn.Module):
+    """A SwiGLU feed-forward that every token runs, optionally times sigmoid(gate . x) (Qwen2-MoE)."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.shared_width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.shared_width, bias=False)
+        self.down_proj = nn.Linear(config.shared_width, config.hidden_size, bias=False)
+        self.gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (t d) -> (t d)."""
+        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
+
+
+class MoE(nn.Module):
+    """Sparse Mixture-of-Experts feed-forward layer.
+
+    1. the router scores every expert for every token and chooses k of them
+    2. the plan sorts the (token, choice) pairs by expert, less those over capacity, if there is one
+    3. each expert runs on its rows; a token's outputs are summed with the router's weights
+    4. shared experts, if any, run on every token and are added
+
+    backend: "auto" takes the fastest that works on the input's device, "reference" and "torch" run anywhere,
+    "triton" needs a GPU.
+
+    Sources: Shazeer et al. 1701.06538, Switch 2101.03961, DeepSeekMoE 2401.06066 (shared experts).
+    """
+
+    def __init__(self, config: MoEConfig, *, backend: Backend = "auto") -> None:
+        super().__init__()
+        if config.num_experts < 1:
+            raise ValueError(f"num_experts={config.num_experts}: a MoE layer needs at least one expert.")
+        self.config = config
+        self.router = Router(config)
+        self.experts = Experts(config, backend=backend)
+        self.shared_expert = SharedExpert(config) if config.n_shared_experts else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> MoEOutput:
+        """Run x (... d). mask (...) is True at real tokens; padding gets no expert and a routed output of 0.
+
+        Raises:
+            ValueError: the last dimension is not hidden_size, the mask is not a bool tensor shaped like x
+                without it, or dtypes or devices differ.
+            RuntimeError: the requested backend cannot run here.
+        """
+        self._check(x, mask)
+        tokens, shape = pack([x], "* d")
+        routing = self.router(tokens, None if mask is None else mask.reshape(-1))
+        plan = self._plan(routing)
+        y = self.experts(tokens, routing.weights, plan)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert(tokens)
+        return MoEOutput(unpack(y, shape, "* d")[0], routing, plan)
+
+    def _plan(self, routing: Routing) -> RoutingPlan:
+        config, experts = self.config, routing.experts
+        if config.capacity_factor is not None:
+            capacity = math.ceil(config.capacity_factor * experts.numel() / config.num_experts)
+            experts = drop_over_capacity(
+                experts, routing.weights, config.num_experts, capacity, config.capacity_policy
+            )
+        return RoutingPlan.from_experts(experts, config.num_experts)
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        weight = self.router.weight
+        if x.dim() == 0 or x.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; its last dimension must be hidden_size={self.config.hidden_size}."
+            )
+        if x.device != weight.device:
+            raise ValueError(f"x is on {x.device}, but the layer is on {weight.device}; move one of them.")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x is {x.dtype}, but the layer is {weight.dtype}: cast one of them, or run under torch.autocast."
+            )
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+            raise ValueError(
+                f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool of shape "
+                f"{tuple(x.shape[:-1])}, True at real tokens."
+            )

@@ -1,0 +1,135 @@
+"""Auxiliary losses and balance figures: pure functions of `Routing`.
+
+Every load-balancing loss is a scaled sum over experts of f_e * P_e: the share of pairs that chose expert e,
+times the mean probability of e. Counts carry no gradient; it flows through P alone. Libraries disagree in
+scale and pooling, so a coefficient means something only together with its convention:
+
+| convention   | over layers                      | P                                 | value at uniform routing |
+|--------------|----------------------------------|-----------------------------------|--------------------------|
+| megatron     | sum of the layers' losses        | scores, normalised with + 1e-20   | number of layers         |
+| olmo         | sum of the layers' losses        | scores + 1e-7, normalised         | number of layers         |
+| megablocks   | mean of the layers' losses       | softmax of the logits             | 1                        |
+| hf           | f and P pooled, then one product | softmax of the logits; f from its | k                        |
+|              |                                  | own top k, not the real choice    |                          |
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from moe.config import LossConvention
+from moe.routing import Routing, count_experts
+
+Granularity = Literal["layer", "sequence"]
+
+
+def load_balancing_loss(
+    routings: Routing | Sequence[Routing],
+    *,
+    convention: LossConvention = "megatron",
+    granularity: Granularity = "layer",
+    sequences: int = 1,
+) -> Tensor:
+    """Load-balancing loss over the MoE layers of a model -> scalar, float32 or wider.
+
+    granularity  "layer": f and P over all tokens of the batch (Switch, 2101.03961).
+                 "sequence": over each of `sequences` equally long sequences, then averaged over those
+                 that hold a real token (DeepSeek-V3, 2412.19437).
+
+    Raises:
+        ValueError: no routing, an unknown convention, tokens that do not divide into the sequences, or
+            sequences with "hf", which pools all tokens.
+    """
+    routings = [routings] if isinstance(routings, Routing) else list(routings)
+    if not routings:
+        raise ValueError("load_balancing_loss needs the routing of at least one MoE layer, got none.")
+    if granularity not in ("layer", "sequence"):
+        raise ValueError(f'granularity={granularity!r} must be "layer" or "sequence".')
+    if granularity == "layer":
+        sequences = 1
+    if convention == "hf":
+        if granularity == "sequence":
+            raise ValueError(
+                'convention="hf" pools all tokens; use granularity="layer" or another convention.'
+            )
+        return _joint_loss(routings)
+    losses = torch.stack([_layer_loss(routing, convention, sequences) for routing in routings])
+    return losses.mean() if convention == "megablocks" else losses.sum()
+
+
+def uniform_value(convention: LossConvention, layers: int, top_k: int) -> float:
+    """What `load_balancing_loss` gives when routing is perfectly uniform; divide by it to compare runs."""
+    return {"megatron": layers, "olmo": layers, "megablocks": 1, "hf": top_k}[convention]
+
+
+def router_z_loss(routing: Routing) -> Tensor:
+    """Mean over real tokens of logsumexp(logits)², which keeps logits small (ST-MoE, 2202.08906) -> scalar."""
+    squares = _as_float(routing.logits).logsumexp(-1).square()
+    return _masked_mean(squares[:, None], routing.mask)[0]
+
+
+def max_violation(tokens_per_expert: Tensor) -> Tensor:
+    """MaxVio: largest load over mean load, minus 1; 0 is perfect balance, 0 for no tokens (2408.15664)."""
+    load = tokens_per_expert.double()
+    return load.max() / load.mean().clamp(min=torch.finfo(load.dtype).tiny) - (load.sum() > 0).double()
+
+
+def _layer_loss(routing: Routing, convention: LossConvention, sequences: int) -> Tensor:
+    probabilities = _probabilities(routing, convention)
+    tokens, num_experts = probabilities.shape
+    if tokens % sequences:
+        raise ValueError(f"{tokens} tokens do not divide into sequences={sequences} of equal length.")
+    mask = routing.mask if routing.mask is not None else probabilities.new_ones(tokens, dtype=torch.bool)
+    by_sequence = rearrange(mask, "(b s) -> b s", b=sequences).to(probabilities.dtype)
+    real_tokens = by_sequence.sum(1)
+    probabilities = rearrange(probabilities, "(b s) e -> b s e", b=sequences)
+    mean_probability = (probabilities * by_sequence[..., None]).sum(1) / real_tokens.clamp(min=1)[:, None]
+
+    experts = rearrange(routing.experts, "(b s) k -> b (s k)", b=sequences)
+    counts = probabilities.new_zeros(sequences, num_experts + 1)
+    counts.scatter_add_(1, experts, torch.ones_like(experts, dtype=counts.dtype))
+    share = counts[:, :num_experts] / (real_tokens.clamp(min=1) * routing.top_k)[:, None]
+
+    losses = num_experts * (share * mean_probability).sum(1)
+    return losses.sum() / (real_tokens > 0).sum().clamp(min=1)
+
+
+def _joint_loss(routings: Sequence[Routing]) -> Tensor:
+    """transformers' `load_balancing_loss_func`: opposite imbalances of two layers cancel (its issue 31464)."""
+    probabilities = torch.cat([_probabilities(routing, "hf") for routing in routings])
+    masks = [
+        r.mask if r.mask is not None else torch.ones_like(r.logits[:, 0], dtype=torch.bool) for r in routings
+    ]
+    mask = torch.cat(masks)
+    num_experts, top_k = routings[0].num_experts, routings[0].top_k
+    experts = probabilities.detach().topk(top_k, dim=-1).indices
+    counts = count_experts(experts.masked_fill(~mask[:, None], num_experts), num_experts)
+    share = counts / mask.sum().clamp(min=1)
+    return num_experts * (share * _masked_mean(probabilities, mask)).sum()
+
+
+def _probabilities(routing: Routing, convention: LossConvention) -> Tensor:
+    """P before the mean: (t e), rows sum to 1."""
+    if convention in ("hf", "megablocks"):
+        return _as_float(routing.logits).softmax(-1)
+    scores = _as_float(routing.scores)
+    if convention == "megatron":
+        return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    if convention == "olmo":
+        scores = scores + 1e-7
+        return scores / scores.sum(-1, keepdim=True)
+    raise ValueError(f'convention={convention!r} must be "hf", "megatron", "olmo" or "megablocks".')
+
+
+def _as_float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real rows of x (t n) -> (n); 0 when there is none."""
+    if mask is None:
+        return x.sum(0) / max(x.shape[0], 1)
+    return x.masked_fill(~mask[:, None], 0).sum(0) / mask.sum().clamp(min=1)

@@ -1,0 +1,132 @@
+"""The specification of every operation: short, slow, obviously right; differentiable by autograd; float64 works.
+
+`moe_definition` is what a MoE layer means. The other functions are the sorted form that fast backends follow;
+`experts_ffn` composes them.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+from moe.config import GATED_ACTIVATIONS, Activation
+from moe.ops.checks import check_experts_ffn
+
+
+def moe_definition(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: Activation = "swiglu",
+    interleaved: bool = False,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+) -> Tensor:
+    """y[t] = sum over the choices j of weights[t, j] * expert_{experts[t, j]}(x[t]), every expert run on every token.
+
+    x (t d), experts (t k), weights (t k), up_proj (e 2h d), or (e h d) without a gate, down_proj (e d h),
+    up_bias (e 2h), down_bias (e d) -> (t d). Ids outside 0..e-1 count for nothing.
+    """
+    pre = einsum(x, up_proj, "t d, e o d -> t e o")
+    pre = pre if up_bias is None else pre + up_bias
+    hidden = activate(pre, activation, interleaved=interleaved, limit=limit, alpha=alpha)
+    outputs = einsum(hidden, down_proj, "t e h, e d h -> t e d")
+    outputs = outputs if down_bias is None else outputs + down_bias
+    chosen = experts[..., None] == torch.arange(up_proj.shape[0], device=x.device)  # (t k e)
+    gates = (weights[..., None] * chosen).sum(1).to(outputs.dtype)
+    outputs = outputs.masked_fill(~chosen.any(1)[..., None], 0)  # 0 * NaN is NaN
+    return einsum(gates, outputs, "t e, t e d -> t d")
+
+
+def dispatch(x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
+    """Copy tokens x (t d) into the rows of their pairs -> (p d)."""
+    return x[pair_of_row // top_k]
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows (p i), weight (e o i), bias (e o) -> (p o): each row meets the expert that owns it.
+
+    Rows offsets[e] and above belong to nobody and come out as 0.
+    """
+    kept = int(offsets[-1])
+    outputs = [
+        own @ weight[i].T if bias is None else own @ weight[i].T + bias[i]
+        for i, own in enumerate(rows[:kept].split(offsets.diff().tolist()))
+    ]
+    return torch.cat([*outputs, rows.new_zeros(rows.shape[0] - kept, weight.shape[1])])
+
+
+def activate(
+    pre: Tensor,
+    activation: Activation,
+    *,
+    interleaved: bool = False,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+) -> Tensor:
+    """The expert's non-linearity.
+
+    pre (... 2h) -> (... h) for gated activations: gate first then up, or g0 u0 g1 u1 ... when interleaved;
+    pre (... h) -> (... h) otherwise.
+
+    swiglu: silu(gate) * up (2002.05202); geglu: gelu(gate) * up; clamped_swiglu: gate capped at `limit`, up
+    to ±`limit`, gate * sigmoid(alpha * gate) * (up + 1) (gpt-oss); relu2: relu(pre)² (2109.08668); gelu: exact.
+    """
+    if activation not in GATED_ACTIVATIONS:
+        return F.relu(pre).square() if activation == "relu2" else F.gelu(pre)
+    pattern = "... (h two) -> two ... h" if interleaved else "... (two h) -> two ... h"
+    gate, up = rearrange(pre, pattern, two=2)
+    if activation == "swiglu":
+        return gate * torch.sigmoid(gate) * up
+    if activation == "geglu":
+        return F.gelu(gate) * up
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def combine(rows: Tensor, weights: Tensor, row_of_pair: Tensor, offsets: Tensor) -> Tensor:
+    """Weighted sum of the rows of each token, in slot order: rows (p d), weights (t k) -> (t d).
+
+    Rows offsets[e] and above add nothing, whatever they hold.
+    """
+    pairs = rows[row_of_pair].masked_fill((row_of_pair >= offsets[-1])[:, None], 0)
+    pairs = rearrange(pairs, "(t k) d -> t k d", k=weights.shape[1])
+    return einsum(pairs, weights.to(pairs.dtype), "t k d, t k -> t d")
+
+
+def experts_ffn(
+    x: Tensor,
+    weights: Tensor,
+    pair_of_row: Tensor,
+    row_of_pair: Tensor,
+    offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: Activation = "swiglu",
+    interleaved: bool = False,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+) -> Tensor:
+    """The routed experts of a layer: dispatch, up-projection, activation, down-projection, combine.
+
+    x (t d), weights (t k), the three tensors of a `RoutingPlan`, up_proj (e 2h d), or (e h d) without a gate,
+    down_proj (e d h), up_bias (e 2h), down_bias (e d) -> (t d). Any strides.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    check_experts_ffn(
+        x, weights, pair_of_row, row_of_pair, offsets, up_proj, down_proj, up_bias, down_bias, activation
+    )
+    rows = dispatch(x, pair_of_row, row_of_pair, weights.shape[1])
+    pre = grouped_linear(rows, up_proj, offsets, up_bias)
+    hidden = activate(pre, activation, interleaved=interleaved, limit=limit, alpha=alpha)
+    return combine(grouped_linear(hidden, down_proj, offsets, down_bias), weights, row_of_pair, offsets)

@@ -1,0 +1,169 @@
+"""The router: which experts a token goes to, and how much each of them counts."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from moe.config import MoEConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """What a router decided. Gradients flow through logits, scores and weights.
+
+    logits   (t e)  router output (with its bias and soft-cap, without the selection bias)
+    scores   (t e)  the score function of the logits, over all experts
+    experts  (t k)  chosen experts, int64; the id e marks the pairs of a padding token
+    weights  (t k)  how much each choice counts; 0 at padding
+    mask     (t)    True at real tokens; None when all are real
+    """
+
+    logits: Tensor
+    scores: Tensor
+    experts: Tensor
+    weights: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts e."""
+        return self.logits.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        """Choices of a token k."""
+        return self.experts.shape[-1]
+
+    def tokens_per_expert(self) -> Tensor:
+        """Pairs that chose each expert (e), int64, before any capacity; padding is not counted."""
+        return count_experts(self.experts, self.num_experts)
+
+
+def count_experts(experts: Tensor, num_experts: int) -> Tensor:
+    """Occurrences of 0..num_experts-1 in experts (...) -> (e) int64. No host sync."""
+    ids = experts.flatten()
+    return ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[:num_experts]
+
+
+class Router(nn.Module):
+    """Linear router with the options of `MoEConfig`; ROUTERS in the README says which model is which.
+
+    1. logits = x . weight (+ bias), optionally soft-capped: cap * tanh(logits / cap)
+    2. scores = softmax | sigmoid | sqrt(softplus) of the logits
+    3. choose the top k of (scores, or logits if `topk_before_score`) + selection bias, in the best groups only
+    4. weights = scores of the chosen (or the score function over the chosen logits), optionally
+       renormalised to sum 1, times `routed_scaling_factor`
+
+    Sources: Switch 2101.03961 (softmax), DeepSeek-V3 2412.19437 (sigmoid, groups), 2408.15664 (selection
+    bias), DeepSeek-V4 (sqrt-softplus), gpt-oss (top-k first). Input jitter multiplies what the router sees,
+    never what the experts see.
+
+    weight  (e d)
+    bias    (e), when `router_bias`
+    e_score_correction_bias  (e) float32 buffer, when `use_selection_bias`; stays float32 when the module is cast
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
+        selection_bias = (
+            torch.zeros(config.num_experts, dtype=torch.float32) if config.use_selection_bias else None
+        )
+        self.register_buffer("e_score_correction_bias", selection_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from N(0, initializer_range²); zero the biases."""
+        nn.init.normal_(self.weight, std=self.config.initializer_range)
+        for bias in (self.bias, self.e_score_correction_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """Route x (t d). mask (t) is True at real tokens; the others get no expert."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._route(x if mask is None else x.masked_fill(~mask[:, None], 0), mask)
+
+    def _route(self, x: Tensor, mask: Tensor | None) -> Routing:
+        logits = self._logits(x)
+        scores = self._score(logits)
+        experts = self._choose(logits if self.config.topk_before_score else scores)
+        weights = self._weigh(logits, scores, experts)
+        if mask is not None:
+            experts = experts.masked_fill(~mask[:, None], self.config.num_experts)
+            weights = weights.masked_fill(~mask[:, None], 0)
+        return Routing(logits, scores, experts, weights, mask)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        config = self.config
+        if self.training and config.router_jitter_noise:
+            x = x * torch.empty_like(x).uniform_(
+                1 - config.router_jitter_noise, 1 + config.router_jitter_noise
+            )
+        dtype = torch.promote_types(x.dtype, getattr(torch, config.router_dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        if config.router_logit_softcap is not None:
+            logits = config.router_logit_softcap * torch.tanh(logits / config.router_logit_softcap)
+        return logits
+
+    def _score(self, logits: Tensor) -> Tensor:
+        if self.config.scoring_func == "softmax":
+            return logits.softmax(-1)
+        if self.config.scoring_func == "sigmoid":
+            return logits.sigmoid()
+        return F.softplus(logits).sqrt()
+
+    def _choose(self, preference: Tensor) -> Tensor:
+        """The top k of preference (t e), after selection bias and group limits -> experts (t k)."""
+        preference = preference.detach()
+        if self.e_score_correction_bias is not None:
+            preference = preference + self.e_score_correction_bias
+        if self.config.n_group > 1:
+            preference = self._keep_best_groups(preference)
+        return preference.topk(self.config.num_experts_per_tok, dim=-1).indices
+
+    def _keep_best_groups(self, preference: Tensor) -> Tensor:
+        """-inf everywhere but in the `topk_group` best groups; 0 would win over a negative preference."""
+        config = self.config
+        groups = rearrange(preference, "t (g m) -> t g m", g=config.n_group)
+        best = groups.topk(1 if config.group_score == "max" else 2, dim=-1).values
+        kept_groups = reduce(best, "t g best -> t g", "sum").topk(config.topk_group, dim=-1).indices
+        is_kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, kept_groups, True)
+        is_kept = repeat(is_kept, "t g -> t (g m)", m=groups.shape[-1])
+        return preference.masked_fill(~is_kept, -torch.inf)
+
+    def _weigh(self, logits: Tensor, scores: Tensor, experts: Tensor) -> Tensor:
+        config = self.config
+        if config.topk_before_score:
+            weights = self._score(logits.gather(1, experts))
+        else:
+            weights = scores.gather(1, experts)
+        if config.norm_topk_prob and not (config.topk_before_score and config.scoring_func == "softmax"):
+            weights = weights / (weights.sum(-1, keepdim=True) + config.norm_topk_eps)
+        if config.routed_scaling_factor != 1.0:
+            weights = weights * config.routed_scaling_factor
+        dtype = config.routing_weights_dtype
+        return weights if dtype is None else weights.to(getattr(torch, dtype))
+
+    def _apply(self, fn, recurse: bool = True):  # pyright: ignore[reportMissingParameterType,reportUnknownParameterType]
+        """Move and cast as any module, but keep the selection bias in float32: bfloat16 would swallow its steps."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownArgumentType]
+        if bias is not None and self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes and the options that differ from the plain softmax router."""
+        config = self.config
+        return f"{config.hidden_size} -> top {config.num_experts_per_tok} of {config.num_experts}, {config.scoring_func}"
