@@ -10,13 +10,16 @@ One notation everywhere, in docstrings, comments, einops patterns and error mess
 
 from moe.balance import update_selection_bias
 from moe.config import DecoderConfig, MoEConfig
+from moe.decoder import Decoder
 from moe.layer import MoE, MoEOutput
 from moe.losses import load_balancing_loss, max_violation, router_z_loss
+from moe.parameters import count_parameters, flops_per_token
 from moe.plan import RoutingPlan
 from moe.routing import Router, Routing
 from moe.version import __version__
 
 __all__ = [
+    "Decoder",
     "DecoderConfig",
     "MoE",
     "MoEConfig",
@@ -25,6 +28,8 @@ __all__ = [
     "Routing",
     "RoutingPlan",
     "__version__",
+    "count_parameters",
+    "flops_per_token",
     "load_balancing_loss",
     "max_violation",
     "router_z_loss",

@@ -8,7 +8,7 @@ from moe.routing import Router
 
 @torch.no_grad()
 def update_selection_bias(router: Router, tokens_per_expert: Tensor, rate: float = 1e-3) -> None:
-    """Raise the selection bias of experts below the mean load and lower it above: b += rate * sign(mean - load).
+    """Raise the selection bias of experts below the mean load, lower it above: b += rate * sign(mean - load).
 
     tokens_per_expert (e): counts over the whole batch of an optimizer step - all micro-batches, all ranks.
     The step is centred, so the biases keep their mean. Equal loads change nothing.
@@ -22,9 +22,9 @@ def update_selection_bias(router: Router, tokens_per_expert: Tensor, rate: float
         raise ValueError("this router has no selection bias; build it with use_selection_bias=True.")
     if tokens_per_expert.shape != bias.shape:
         raise ValueError(
-            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, expected one count for each of the "
-            f"{bias.numel()} experts."
+            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, "
+            f"expected one count for each of the {bias.numel()} experts."
         )
-    load = tokens_per_expert.to(bias)
+    load = tokens_per_expert.double()
     step = rate * torch.sign(load.mean() - load)
-    bias += step - step.mean()
+    bias += (step - step.mean()).to(bias)

@@ -96,8 +96,9 @@ class MoEConfig:
         group_size = self.num_experts // self.n_group
         if self.num_experts_per_tok > self.topk_group * group_size:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {self.topk_group * group_size} "
-                f"experts in topk_group={self.topk_group} groups of {group_size}. Raise topk_group."
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the "
+                f"{self.topk_group * group_size} experts in topk_group={self.topk_group} groups of {group_size}. "
+                f"Raise topk_group."
             )
         if self.n_group > 1 and self.group_score == "top2" and group_size < 2:
             raise ValueError(
@@ -201,7 +202,7 @@ class DecoderConfig(MoEConfig):
             )
         if self.head_size <= 0 or self.head_size % 2:
             raise ValueError(
-                f"head_dim={self.head_size} must be positive and even: rotary embedding turns pairs of channels."
+                f"head_dim={self.head_size} must be positive and even: rotary embedding turns pairs."
             )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
@@ -255,6 +256,8 @@ def _check_fields(config: MoEConfig) -> None:
     """Refuse negative counts and words outside their choices."""
     for field in fields(config):
         value = getattr(config, field.name)
+        if field.type is int and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{field.name}={value!r} must be a whole number.")
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{field.name}={value} must not be negative.")
         if field.name in _CHOICES and value not in get_args(_CHOICES[field.name]):
@@ -262,5 +265,6 @@ def _check_fields(config: MoEConfig) -> None:
             raise ValueError(f"{field.name}={value!r} must be one of {choices}.")
     if config.routing_weights_dtype not in (None, *get_args(DType)):
         raise ValueError(
-            f"routing_weights_dtype={config.routing_weights_dtype!r} must be None or one of {list(get_args(DType))}."
+            f"routing_weights_dtype={config.routing_weights_dtype!r} must be None or one of "
+            f"{list(get_args(DType))}."
         )

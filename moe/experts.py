@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
-from moe.ops.choose import Backend, choose_ops
+from moe.ops.choose import Backend, check_backend, choose_ops
 from moe.plan import RoutingPlan
 
 
@@ -21,11 +21,14 @@ class Experts(nn.Module):
     """
 
     down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter | None
 
-    def __init__(self, config: MoEConfig, *, backend: Backend = "auto") -> None:
+    def __init__(self, config: MoEConfig, *, backend: Backend = "auto", output_scale: float = 1.0) -> None:
         super().__init__()
+        check_backend(backend)
         self.config = config
         self.backend: Backend = backend
+        self.output_scale = output_scale
         e, d, h = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.up_name = "gate_up_proj" if config.is_gated else "up_proj"
         width = 2 * h if config.is_gated else h
@@ -37,25 +40,24 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights from N(0, initializer_range²); zero the biases."""
+        """Draw the weights from N(0, initializer_range²), down_proj times output_scale; zero the biases."""
+        std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("_bias"):
                 nn.init.zeros_(parameter)
             else:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+                nn.init.normal_(parameter, std=std * self.output_scale if name == "down_proj" else std)
 
     def forward(self, x: Tensor, weights: Tensor, plan: RoutingPlan) -> Tensor:
-        """x (t d), weights (t k) -> (t d). Under autocast the products run in its dtype, the weights as given."""
+        """x (t d), weights (t k) -> (t d). Under autocast the products run in its dtype."""
         config = self.config
-        tensors = [
-            getattr(self, self.up_name),
-            self.down_proj,
-        ]  # read once: PEFT swaps them behind the attribute
-        tensors += [getattr(self, f"{self.up_name}_bias"), self.down_proj_bias]
+        up_proj, down_proj = getattr(self, self.up_name), self.down_proj  # read once: PEFT swaps them here
+        up_bias, down_bias = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, *tensors = (None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))
-        up_proj, down_proj, up_bias, down_bias = tensors
+            x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
+            up_bias = None if up_bias is None else up_bias.to(dtype)
+            down_bias = None if down_bias is None else down_bias.to(dtype)
         if config.is_transposed:
             up_proj, down_proj = up_proj.mT, down_proj.mT
         return choose_ops(x.device, self.backend).experts_ffn(

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from einops import pack, unpack
+from einops import rearrange
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
 from moe.experts import Experts
+from moe.feed_forward import Projection, SwiGLU
 from moe.ops.choose import Backend
 from moe.plan import RoutingPlan, drop_over_capacity
 from moe.routing import Router, Routing
@@ -29,21 +29,17 @@ class MoEOutput:
     plan: RoutingPlan
 
 
-class SharedExpert(nn.Module):
-    """A SwiGLU feed-forward that every token runs, optionally times sigmoid(gate . x) (Qwen2-MoE)."""
+class SharedExpert(SwiGLU):
+    """A SwiGLU that every token runs, optionally times sigmoid(gate . x) (Qwen2-MoE)."""
 
-    def __init__(self, config: MoEConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.shared_width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.shared_width, bias=False)
-        self.down_proj = nn.Linear(config.shared_width, config.hidden_size, bias=False)
-        self.gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=config.initializer_range)
+    def __init__(self, config: MoEConfig, *, output_scale: float = 1.0) -> None:
+        std = config.initializer_range
+        super().__init__(config.hidden_size, config.shared_width, std=std, output_std=std * output_scale)
+        self.gate = Projection(config.hidden_size, 1, std=std) if config.shared_expert_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (t d) -> (t d)."""
-        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """x (... d) -> (... d)."""
+        y = super().forward(x)
         return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
 
 
@@ -56,19 +52,22 @@ class MoE(nn.Module):
     4. shared experts, if any, run on every token and are added
 
     backend: "auto" takes the fastest that works on the input's device, "reference" and "torch" run anywhere,
-    "triton" needs a GPU.
+    "triton" needs a GPU. output_scale: down-projections are drawn from N(0, (initializer_range *
+    output_scale)²); a decoder makes them smaller.
 
     Sources: Shazeer et al. 1701.06538, Switch 2101.03961, DeepSeekMoE 2401.06066 (shared experts).
     """
 
-    def __init__(self, config: MoEConfig, *, backend: Backend = "auto") -> None:
+    def __init__(self, config: MoEConfig, *, backend: Backend = "auto", output_scale: float = 1.0) -> None:
         super().__init__()
         if config.num_experts < 1:
             raise ValueError(f"num_experts={config.num_experts}: a MoE layer needs at least one expert.")
         self.config = config
         self.router = Router(config)
-        self.experts = Experts(config, backend=backend)
-        self.shared_expert = SharedExpert(config) if config.n_shared_experts else None
+        self.experts = Experts(config, backend=backend, output_scale=output_scale)
+        self.shared_expert = (
+            SharedExpert(config, output_scale=output_scale) if config.n_shared_experts else None
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> MoEOutput:
         """Run x (... d). mask (...) is True at real tokens; padding gets no expert and a routed output of 0.
@@ -79,13 +78,13 @@ class MoE(nn.Module):
             RuntimeError: the requested backend cannot run here.
         """
         self._check(x, mask)
-        tokens, shape = pack([x], "* d")
+        tokens = rearrange(x, "... d -> (...) d")
         routing = self.router(tokens, None if mask is None else mask.reshape(-1))
         plan = self._plan(routing)
         y = self.experts(tokens, routing.weights, plan)
         if self.shared_expert is not None:
             y = y + self.shared_expert(tokens)
-        return MoEOutput(unpack(y, shape, "* d")[0], routing, plan)
+        return MoEOutput(y.view(x.shape), routing, plan)
 
     def _plan(self, routing: Routing) -> RoutingPlan:
         config, experts = self.config, routing.experts
@@ -100,14 +99,18 @@ class MoE(nn.Module):
         weight = self.router.weight
         if x.dim() == 0 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; its last dimension must be hidden_size={self.config.hidden_size}."
+                f"x has shape {tuple(x.shape)}; its last dimension must be "
+                f"hidden_size={self.config.hidden_size}."
             )
         if x.device != weight.device:
             raise ValueError(f"x is on {x.device}, but the layer is on {weight.device}; move one of them.")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
-                f"x is {x.dtype}, but the layer is {weight.dtype}: cast one of them, or run under torch.autocast."
+                f"x is {x.dtype}, but the layer is {weight.dtype}: "
+                f"cast one of them, or run under torch.autocast."
             )
+        if mask is not None and mask.device != x.device:
+            raise ValueError(f"mask is on {mask.device}, but x is on {x.device}; move one of them.")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool of shape "

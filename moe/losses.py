@@ -4,13 +4,13 @@ Every load-balancing loss is a scaled sum over experts of f_e * P_e: the share o
 times the mean probability of e. Counts carry no gradient; it flows through P alone. Libraries disagree in
 scale and pooling, so a coefficient means something only together with its convention:
 
-| convention   | over layers                      | P                                 | value at uniform routing |
-|--------------|----------------------------------|-----------------------------------|--------------------------|
-| megatron     | sum of the layers' losses        | scores, normalised with + 1e-20   | number of layers         |
-| olmo         | sum of the layers' losses        | scores + 1e-7, normalised         | number of layers         |
-| megablocks   | mean of the layers' losses       | softmax of the logits             | 1                        |
-| hf           | f and P pooled, then one product | softmax of the logits; f from its | k                        |
-|              |                                  | own top k, not the real choice    |                          |
+| convention | over layers                      | P                               | at uniform routing |
+|------------|----------------------------------|---------------------------------|--------------------|
+| megatron   | sum of the layers' losses        | scores, normalised with + 1e-20 | number of layers   |
+| olmo       | sum of the layers' losses        | scores + 1e-7, normalised       | number of layers   |
+| megablocks | mean of the layers' losses       | softmax of the logits           | 1                  |
+| hf         | f and P pooled, then one product | softmax of the logits; f is of  | k                  |
+|            |                                  | its own top k, not the choice   |                    |
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def uniform_value(convention: LossConvention, layers: int, top_k: int) -> float:
 
 
 def router_z_loss(routing: Routing) -> Tensor:
-    """Mean over real tokens of logsumexp(logits)², which keeps logits small (ST-MoE, 2202.08906) -> scalar."""
+    """Mean over real tokens of logsumexp(logits)², to keep logits small (ST-MoE, 2202.08906) -> scalar."""
     squares = _as_float(routing.logits).logsumexp(-1).square()
     return _masked_mean(squares[:, None], routing.mask)[0]
 
@@ -98,7 +98,7 @@ def _layer_loss(routing: Routing, convention: LossConvention, sequences: int) ->
 
 
 def _joint_loss(routings: Sequence[Routing]) -> Tensor:
-    """transformers' `load_balancing_loss_func`: opposite imbalances of two layers cancel (its issue 31464)."""
+    """transformers' `load_balancing_loss_func`: imbalances of two layers can cancel (its issue 31464)."""
     probabilities = torch.cat([_probabilities(routing, "hf") for routing in routings])
     masks = [
         r.mask if r.mask is not None else torch.ones_like(r.logits[:, 0], dtype=torch.bool) for r in routings

@@ -1,6 +1,8 @@
 """The router: which experts a token goes to, and how much each of them counts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ class Router(nn.Module):
 
     1. logits = x . weight (+ bias), optionally soft-capped: cap * tanh(logits / cap)
     2. scores = softmax | sigmoid | sqrt(softplus) of the logits
-    3. choose the top k of (scores, or logits if `topk_before_score`) + selection bias, in the best groups only
+    3. choose the top k of (scores, or logits if `topk_before_score`) + selection bias, in the best groups
     4. weights = scores of the chosen (or the score function over the chosen logits), optionally
        renormalised to sum 1, times `routed_scaling_factor`
 
@@ -63,7 +65,7 @@ class Router(nn.Module):
 
     weight  (e d)
     bias    (e), when `router_bias`
-    e_score_correction_bias  (e) float32 buffer, when `use_selection_bias`; stays float32 when the module is cast
+    e_score_correction_bias  (e) buffer, when `use_selection_bias`; float32, also when the module is cast
     """
 
     weight: nn.Parameter
@@ -155,15 +157,19 @@ class Router(nn.Module):
         dtype = config.routing_weights_dtype
         return weights if dtype is None else weights.to(getattr(torch, dtype))
 
-    def _apply(self, fn, recurse: bool = True):  # pyright: ignore[reportMissingParameterType,reportUnknownParameterType]
-        """Move and cast as any module, but keep the selection bias in float32: bfloat16 would swallow its steps."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and cast as any module; the selection bias stays float32: bfloat16 would swallow its steps."""
         bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownArgumentType]
+        super()._apply(fn, recurse)
         if bias is not None and self.e_score_correction_bias is not None:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+            source = (
+                self.e_score_correction_bias if bias.is_meta else bias
+            )  # to_empty() leaves the meta device
+            self.e_score_correction_bias = source.to(self.e_score_correction_bias.device, torch.float32)
         return self
 
     def extra_repr(self) -> str:
         """Sizes and the options that differ from the plain softmax router."""
         config = self.config
-        return f"{config.hidden_size} -> top {config.num_experts_per_tok} of {config.num_experts}, {config.scoring_func}"
+        choice = f"top {config.num_experts_per_tok} of {config.num_experts}"
+        return f"{config.hidden_size} -> {choice}, {config.scoring_func}"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import Activation
+from moe.ops.checks import check_activation
 
 
 def activate(
@@ -19,6 +20,7 @@ def activate(
     alpha: float = 1.702,
 ) -> Tensor:
     """pre (... 2h), or (... h) without a gate -> (... h). Reference: moe.ops.reference.activate."""
+    check_activation(activation)
     if activation == "relu2":
         return F.relu(pre).square()
     if activation == "gelu":

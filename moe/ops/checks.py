@@ -1,5 +1,7 @@
 """What every backend refuses at the door, with the same words."""
 
+from typing import get_args
+
 from torch import Tensor
 
 from moe.config import GATED_ACTIVATIONS, Activation
@@ -18,6 +20,7 @@ def check_experts_ffn(
     activation: Activation,
 ) -> None:
     """Raise ValueError unless the arguments of `experts_ffn` fit together."""
+    check_activation(activation)
     num_experts, d, h = down_proj.shape
     tokens, top_k = weights.shape
     width = 2 * h if activation in GATED_ACTIVATIONS else h
@@ -35,6 +38,12 @@ def check_experts_ffn(
     for name, tensor in (("weights", weights), ("pair_of_row", pair_of_row), ("offsets", offsets)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; move one of them.")
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError unless this is the name of an activation."""
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation={activation!r} must be one of {list(get_args(Activation))}.")
 
 
 def check_grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> None:

@@ -71,20 +71,25 @@ def choose_ops(device: torch.device | str, request: Backend = "auto") -> Ops:
         ValueError: an unknown request.
         RuntimeError: a request that cannot be met here; the message says what is missing.
     """
-    if request not in get_args(Backend):
-        raise ValueError(f"backend={request!r} must be one of {list(get_args(Backend))}.")
+    check_backend(request)
     if request == "reference":
         return _as_ops(reference)
     if request == "torch":
         return _as_ops(pytorch)
     obstacle = triton_obstacle(torch.device(device))
     if obstacle is None:
-        import moe_triton
+        import moe_triton  # pyright: ignore[reportMissingTypeStubs]
 
         return _as_ops(moe_triton)
     if request == "triton":
         raise RuntimeError(f'backend="triton" cannot run on {device}: {obstacle} Or use backend="auto".')
     return _as_ops(pytorch)
+
+
+def check_backend(request: str) -> None:
+    """Raise ValueError unless this is the name of a backend, or "auto"."""
+    if request not in get_args(Backend):
+        raise ValueError(f"backend={request!r} must be one of {list(get_args(Backend))}.")
 
 
 def triton_obstacle(device: torch.device) -> str | None:
@@ -93,7 +98,7 @@ def triton_obstacle(device: torch.device) -> str | None:
         return "Triton needs a GPU (a cuda device)."
     if find_spec("triton") is None:
         return "the triton package is missing. Install it with: pip install triton."
-    import moe_triton
+    import moe_triton  # pyright: ignore[reportMissingTypeStubs]
 
     if not hasattr(moe_triton, "experts_ffn"):
         return "this version of moe_triton has no kernels yet."

@@ -1,4 +1,4 @@
-"""`experts_ffn` without Triton: one pass over the experts, every matrix product as large as its expert's rows.
+"""`experts_ffn` without Triton: expert by expert, in blocks of rows that stay in cache.
 
 Forward, for the rows r of expert i (tokens t_r, weights s_r):
     H = x[t_r] up_iᵀ      A = act(H)      y[t_r] += s_r (A down_iᵀ)
@@ -8,7 +8,8 @@ Backward, with G = dy[t_r], A recomputed:
 Kept between the two: x and H. Sums over a token's choices run in expert order, in float32 or wider.
 
 Decisions
-1. No (p d) buffer: rows are gathered, used and added while they are in cache, in chunks of CHUNK rows.
+1. Rows are gathered, used and added block by block; no (p d) buffer exists. A block is many small experts or
+   a piece of a large one, so the calls around the products are few at any number of experts.
 2. Weight gradients are written expert by expert into one buffer. Autograd through `weight[i]` would make a
    full-size gradient for every expert: 62 s instead of 0.4 s for 256 experts.
 3. Large CPU buffers come from numpy, which asks Linux for huge pages: first touch of a fresh 256 MB buffer
@@ -17,6 +18,7 @@ Decisions
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +26,40 @@ from torch import Tensor
 
 from moe.config import Activation
 from moe.ops.activations import activate, activate_backward
+from moe.ops.shares import split_experts, sum_over_shares
 
-CHUNK = 1024  # rows; 2 MB of float32 at d=512
+BLOCK_ROWS = 1024  # 2 MB of float32 at d=512
 _HUGE_PAGE_BYTES = 1 << 22  # numpy asks for huge pages from 4 MB on
 
-_Settings = tuple[Activation, bool, float, float]  # activation, interleaved, limit, alpha
+
+class Projections(NamedTuple):
+    """The experts' weights: up (e o d), down (e d h), their biases (e o), (e d) or None."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+class Nonlinearity(NamedTuple):
+    """The arguments of `activate` after the tensor."""
+
+    activation: Activation
+    interleaved: bool
+    limit: float
+    alpha: float
+
+
+class Block(NamedTuple):
+    """Consecutive rows, the experts they belong to, how many of them each one has.
+
+    `continues` says that the first expert had rows in the block before.
+    """
+
+    rows: slice
+    experts: list[int]
+    sizes: list[int]
+    continues: bool
 
 
 def forward(
@@ -36,25 +67,27 @@ def forward(
     weights: Tensor,
     pair_of_row: Tensor,
     offsets: Tensor,
-    projections: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    settings: _Settings,
+    projections: Projections,
+    nonlinearity: Nonlinearity,
     pre: Tensor | None,
 ) -> Tensor:
     """y (t d). Writes the pre-activation into pre (p o) when given."""
-    up_proj, down_proj, up_bias, down_bias = projections
-    activation, interleaved, limit, alpha = settings
-    ups, downs = up_proj.mT.unbind(), down_proj.mT.unbind()
+    up, down, up_bias, down_bias = projections
     token_of_row = pair_of_row // weights.shape[1]
-    y = torch.zeros_like(x, dtype=_sum_dtype(x))
-    scale = weights.flatten()[pair_of_row].to(y.dtype)[:, None]
-    for expert, rows in _chunks(offsets, x.dtype):
-        tokens = token_of_row[rows]
-        own = x.index_select(0, tokens)
-        hidden = _linear(own, ups[expert], _row(up_bias, expert), None if pre is None else pre[rows])
-        hidden = activate(hidden, activation, interleaved=interleaved, limit=limit, alpha=alpha)
-        outputs = _linear(hidden, downs[expert], _row(down_bias, expert))
-        y.index_add_(0, tokens, outputs.to(y.dtype).mul_(scale[rows]))
-    return y.to(x.dtype)
+    scale = weights.flatten()[pair_of_row].to(_sum_dtype(x))[:, None]
+    bounds = offsets.tolist()
+
+    def add_outputs(y: Tensor, experts: range) -> None:
+        for block in _blocks(bounds, experts, x):
+            rows = block.rows
+            tokens = token_of_row[rows]
+            hidden = _multiply(
+                x.index_select(0, tokens), up.mT, up_bias, block, None if pre is None else pre[rows]
+            )
+            outputs = _multiply(_activate(hidden, nonlinearity), down.mT, down_bias, block)
+            y.index_add_(0, tokens, outputs.to(y.dtype).mul_(scale[rows]))
+
+    return sum_over_shares(add_outputs, split_experts(bounds, x.device), lambda: _zeros(x)).to(x.dtype)
 
 
 def backward(
@@ -63,61 +96,82 @@ def backward(
     weights: Tensor,
     pair_of_row: Tensor,
     offsets: Tensor,
-    projections: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    settings: _Settings,
+    projections: Projections,
+    nonlinearity: Nonlinearity,
     pre: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights and the four projections; an empty tensor where `needs` says no."""
-    up_proj, down_proj, _, down_bias = projections
-    activation, interleaved, limit, alpha = settings
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
-    ups, downs = up_proj.unbind(), down_proj.unbind()
+    up, down, _, down_bias = projections
+    grad_up, grad_down, grad_up_bias, grad_down_bias = (
+        _gradient_buffer(tensor, offsets) if tensor is not None and need else x.new_empty(0)
+        for tensor, need in zip(projections, needs[2:], strict=True)
+    )
     token_of_row = pair_of_row // weights.shape[1]
     scale = weights.flatten()[pair_of_row].to(x.dtype)[:, None]
+    grad_scale = scale.new_zeros(scale.shape[0], dtype=_sum_dtype(x))
+    bounds = offsets.tolist()
 
-    sum_dtype = _sum_dtype(x)
-    grad_x = torch.zeros_like(x, dtype=sum_dtype) if need_x else x.new_empty(0)
-    grad_scale = scale.new_zeros(scale.shape[0], dtype=sum_dtype)
-    grads = [
-        _gradient_buffer(weight, offsets) if weight is not None and need else x.new_empty(0)
-        for weight, need in zip(projections, needs[2:], strict=True)
-    ]
-    grad_up, grad_down, grad_up_bias, grad_down_bias = grads
+    def add_gradients(grad_x: Tensor, experts: range) -> None:
+        for block in _blocks(bounds, experts, x):
+            rows = block.rows
+            tokens, s, h = token_of_row[rows], scale[rows], pre[rows]
+            g, own = grad.index_select(0, tokens), x.index_select(0, tokens)
+            a = _activate(h, nonlinearity)
+            p = _multiply(g, down, None, block)
+            if need_weights:
+                grad_scale[rows] = _row_dot(p, a, grad_x.dtype) + _bias_dot(g, down_bias, block, grad_x.dtype)
+            dh = activate_backward(h, p.mul_(s), *nonlinearity)
+            a.mul_(s)
+            if need_down:
+                _accumulate(grad_down, g, a, block)
+            if need_down_bias:
+                _accumulate(grad_down_bias[..., None], g, s, block)
+            if need_up:
+                _accumulate(grad_up, dh, own, block)
+            if need_up_bias:
+                _accumulate(grad_up_bias[..., None], dh, torch.ones_like(s), block)
+            if need_x:
+                grad_x.index_add_(0, tokens, _multiply(dh, up, None, block).to(grad_x.dtype))
 
-    previous = -1
-    for expert, rows in _chunks(offsets, x.dtype):
-        is_first, previous = expert != previous, expert
-        tokens, s = token_of_row[rows], scale[rows]
-        g, own, h = grad.index_select(0, tokens), x.index_select(0, tokens), pre[rows]
-        a = activate(h, activation, interleaved=interleaved, limit=limit, alpha=alpha)
-        p = g @ downs[expert]
-        if need_weights:
-            grad_scale[rows] = torch.linalg.vecdot(p.to(sum_dtype), a.to(sum_dtype))
-            if down_bias is not None:
-                grad_scale[rows] += (g @ down_bias[expert]).to(sum_dtype)
-        if need_down:
-            _accumulate(grad_down[expert], g.T, a.mul_(s), is_first)
-        if need_down_bias:
-            _accumulate(grad_down_bias[expert][None], s.T, g, is_first)
-        if not (need_x or need_up or need_up_bias):
-            continue
-        dh = activate_backward(h, p.mul_(s), activation, interleaved, limit, alpha)
-        if need_up:
-            _accumulate(grad_up[expert], dh.T, own, is_first)
-        if need_up_bias:
-            _accumulate(grad_up_bias[expert][None], torch.ones_like(s).T, dh, is_first)
-        if need_x:
-            grad_x.index_add_(0, tokens, (dh @ ups[expert]).to(sum_dtype))
-
-    grad_weights = (
-        torch.empty_like(grad_scale).scatter_(0, pair_of_row, grad_scale).view_as(weights).to(weights.dtype)
+    grad_x = sum_over_shares(add_gradients, split_experts(bounds, x.device), lambda: _zeros(x))
+    grad_weights = torch.empty_like(grad_scale).scatter_(0, pair_of_row, grad_scale).view(weights.shape)
+    return (
+        grad_x.to(x.dtype) if need_x else x.new_empty(0),
+        grad_weights.to(weights.dtype) if need_weights else x.new_empty(0),
+        grad_up,
+        grad_down,
+        grad_up_bias,
+        grad_down_bias,
     )
-    return (grad_x.to(x.dtype), grad_weights if need_weights else x.new_empty(0), *grads)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """rows (p i) @ weight (e i o) of the expert that owns each row -> (p o); 0 where nobody does."""
+    outputs = allocate((rows.shape[0], weight.shape[2]), rows)
+    bounds = offsets.tolist()
+    for block in _blocks(bounds, range(weight.shape[0]), rows):
+        _multiply(rows[block.rows], weight, bias, block, outputs[block.rows])
+    outputs[bounds[-1] :].zero_()
+    return outputs
+
+
+def grouped_linear_weight_grads(
+    grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight (e o i) and bias (e o), given grad (p o) and rows (p i)."""
+    grad_weight = _gradient_buffer(weight, offsets)
+    grad_bias = grad.new_zeros(weight.shape[:2])
+    ones = grad.new_ones(grad.shape[0], 1)
+    for block in _blocks(offsets.tolist(), range(weight.shape[0]), rows):
+        _accumulate(grad_weight, grad[block.rows], rows[block.rows], block)
+        _accumulate(grad_bias[..., None], grad[block.rows], ones[block.rows], block)
+    return grad_weight, grad_bias
 
 
 def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor with the dtype and device of `like`, from huge pages where that pays."""
+    """An uninitialised contiguous tensor, dtype and device of `like`, from huge pages where that pays."""
     bytes_needed = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or bytes_needed < _HUGE_PAGE_BYTES:
         return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
@@ -125,7 +179,7 @@ def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _gradient_buffer(weight: Tensor, offsets: Tensor) -> Tensor:
-    """A tensor shaped and strided like weight (e ...), zero for the experts that own no rows, else uninitialised."""
+    """Shaped and strided like weight (e ...): 0 for experts that own no rows, else uninitialised."""
     order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
     buffer = allocate([weight.shape[axis] for axis in order], weight)
     buffer = buffer.permute([order.index(axis) for axis in range(weight.dim())])
@@ -135,52 +189,76 @@ def _gradient_buffer(weight: Tensor, offsets: Tensor) -> Tensor:
     return buffer
 
 
-def _chunks(offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice]]:
-    """(expert, rows) over the experts that own rows. 16-bit dtypes stay whole: their sums belong in one product."""
-    bounds = offsets.tolist()
-    step = CHUNK if dtype in (torch.float32, torch.float64) else max(bounds[-1], 1)
-    for expert, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        for start in range(first, end, step):
-            yield expert, slice(start, min(start + step, end))
+def _blocks(bounds: Sequence[int], experts: range, like: Tensor) -> Iterator[Block]:
+    """Cut the rows of `experts` into blocks of about BLOCK_ROWS.
+
+    16-bit experts are never cut: their sums belong in one product. Off the CPU a block is one expert, so
+    that no token occurs twice in it and adding needs no order.
+    """
+    can_cut = like.dtype in (torch.float32, torch.float64)
+    least = BLOCK_ROWS if like.device.type == "cpu" else 1
+    first_row, owners, sizes, continues = bounds[experts.start], list[int](), list[int](), False
+    for expert in experts:
+        start, end = bounds[expert], bounds[expert + 1]
+        while start < end:
+            stop = min(end, max(first_row + BLOCK_ROWS, start + BLOCK_ROWS // 2)) if can_cut else end
+            owners.append(expert)
+            sizes.append(stop - start)
+            start = stop
+            if stop - first_row >= least:
+                yield Block(slice(first_row, stop), owners, sizes, continues)
+                first_row, owners, sizes, continues = stop, [], [], stop < end
+    if owners:
+        yield Block(slice(first_row, first_row + sum(sizes)), owners, sizes, continues)
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """rows (r i) @ weight (i o) + bias (o)."""
+def _multiply(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, block: Block, out: Tensor | None = None
+) -> Tensor:
+    """rows (r i) @ weight (e i o) + bias (e o) of the expert that owns each row -> (r o)."""
+    if out is None:
+        out = rows.new_empty(rows.shape[0], weight.shape[2])
+    for expert, own, result in zip(
+        block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True
+    ):
+        if bias is None:
+            torch.mm(own, weight[expert], out=result)
+        else:
+            torch.addmm(bias[expert], own, weight[expert], out=result)
+    return out
+
+
+def _accumulate(totals: Tensor, left: Tensor, right: Tensor, block: Block) -> None:
+    """totals[i] (o n) = leftᵀ @ right over the rows of expert i, added to what an earlier block left."""
+    beta = int(block.continues)
+    for expert, own_left, own_right in zip(
+        block.experts, left.split(block.sizes), right.split(block.sizes), strict=True
+    ):
+        total = totals[expert]
+        torch.addmm(total, own_left.T, own_right, beta=beta, out=total)
+        beta = 0
+
+
+def _activate(pre: Tensor, nonlinearity: Nonlinearity) -> Tensor:
+    activation, interleaved, limit, alpha = nonlinearity
+    return activate(pre, activation, interleaved=interleaved, limit=limit, alpha=alpha)
+
+
+def _row_dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vecdot(left.to(dtype), right.to(dtype))
+
+
+def _bias_dot(rows: Tensor, bias: Tensor | None, block: Block, dtype: torch.dtype) -> Tensor | int:
+    """<row, bias of its expert> for each row (r), or 0 without a bias."""
     if bias is None:
-        return torch.mm(rows, weight) if out is None else torch.mm(rows, weight, out=out)
-    return torch.addmm(bias, rows, weight) if out is None else torch.addmm(bias, rows, weight, out=out)
+        return 0
+    own = zip(block.experts, rows.split(block.sizes), strict=True)
+    return torch.cat([own_rows.to(dtype) @ bias[expert].to(dtype) for expert, own_rows in own])
 
 
-def _row(bias: Tensor | None, expert: int) -> Tensor | None:
-    return None if bias is None else bias[expert]
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """total = left @ right for an expert's first chunk, total += left @ right for the others."""
-    torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (p o) = rows (p i) @ weight (e i o) of the expert that owns each row; 0 where nobody does."""
-    weights = weight.unbind()
-    for expert, own in _chunks(offsets, rows.dtype):
-        _linear(rows[own], weights[expert], _row(bias, expert), out[own])
-    out[int(offsets[-1]) :].zero_()
-
-
-def grouped_linear_weight_grads(
-    grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of weight (e o i) and bias (e o), given grad (p o) and rows (p i)."""
-    grad_weight = _gradient_buffer(weight, offsets)
-    grad_bias = grad.new_zeros(weight.shape[:2])
-    previous = -1
-    for expert, own in _chunks(offsets, rows.dtype):
-        _accumulate(grad_weight[expert], grad[own].T, rows[own], is_first=expert != previous)
-        grad_bias[expert] += grad[own].sum(0)
-        previous = expert
-    return grad_weight, grad_bias

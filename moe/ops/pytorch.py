@@ -4,6 +4,8 @@ Same names, same meaning as `moe.ops.reference`. What loops over experts, or has
 opaque custom operator, so that autograd, torch.compile(fullgraph=True) and autocast see one node.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,6 +15,7 @@ from moe.config import Activation
 from moe.ops import experts_loop
 from moe.ops.activations import activate
 from moe.ops.checks import check_experts_ffn, check_grouped_linear
+from moe.ops.experts_loop import Nonlinearity, Projections
 
 __all__ = ["activate", "combine", "dispatch", "experts_ffn", "grouped_linear"]
 
@@ -35,7 +38,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor |
 
 
 def combine(rows: Tensor, weights: Tensor, row_of_pair: Tensor, offsets: Tensor) -> Tensor:
-    """Weighted sum of each token's rows: rows (p d), weights (t k) -> (t d). Reference: moe.ops.reference.combine."""
+    """Weighted sum of a token's rows (p d), weights (t k) -> (t d). Reference: moe.ops.reference.combine."""
     return _combine(rows, weights, row_of_pair, offsets)
 
 
@@ -65,18 +68,14 @@ def experts_ffn(
     check_experts_ffn(
         x, weights, pair_of_row, row_of_pair, offsets, up_proj, down_proj, up_bias, down_bias, activation
     )
-    projections = (up_proj, down_proj, up_bias, down_bias)
+    projections = Projections(up_proj, down_proj, up_bias, down_bias)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weights, *projections)
     )
+    # An operator call costs 50 us, which a token being decoded would feel.
     if not needs_grad and type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling()):
-        settings = (
-            activation,
-            interleaved,
-            limit,
-            alpha,
-        )  # straight to the loop: an operator call costs 50 us
-        return experts_loop.forward(x, weights, pair_of_row, offsets, projections, settings, pre=None)
+        nonlinearity = Nonlinearity(activation, interleaved, limit, alpha)
+        return experts_loop.forward(x, weights, pair_of_row, offsets, projections, nonlinearity, pre=None)
     y, _ = _experts_ffn(
         x, weights, pair_of_row, offsets, up_proj, down_proj, up_bias, down_bias,
         activation, interleaved, limit, alpha, needs_grad,
@@ -84,7 +83,7 @@ def experts_ffn(
     return y
 
 
-# The operators. Bodies run below autograd and must not see autocast either: their inputs have their final dtype.
+# The operators. Their bodies run below autograd, and without autocast: the inputs have their final dtype.
 
 
 @torch.library.custom_op("moe::dispatch", mutates_args=())
@@ -112,10 +111,8 @@ _dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 
 @torch.library.custom_op("moe::grouped_linear", mutates_args=())
 def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    outputs = experts_loop.allocate((rows.shape[0], weight.shape[1]), rows)
     with torch.autocast(rows.device.type, enabled=False):
-        experts_loop.grouped_linear(rows, weight.mT, offsets, bias, out=outputs)
-    return outputs
+        return experts_loop.grouped_linear(rows, weight.mT, offsets, bias)
 
 
 @_grouped_linear.register_fake
@@ -127,9 +124,8 @@ def _(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Ten
 def _grouped_linear_grads(
     grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_rows = experts_loop.allocate(tuple(rows.shape), rows)
     with torch.autocast(rows.device.type, enabled=False):
-        experts_loop.grouped_linear(grad, weight, offsets, None, out=grad_rows)
+        grad_rows = experts_loop.grouped_linear(grad, weight, offsets, None)
         grad_weight, grad_bias = experts_loop.grouped_linear_weight_grads(grad, rows, weight, offsets)
     return grad_rows, grad_weight, grad_bias if has_bias else grad.new_empty(0)
 
@@ -189,32 +185,40 @@ def _sum_rows(
     """Sum over k of weights (t k) * rows[row_of_pair (t k)] -> (t d); rows from `kept` on are left out."""
     if row_of_pair.numel() == 0:
         return rows.new_zeros(row_of_pair.shape[0], rows.shape[1])
-    last = rows.shape[0] - 1
-    is_whole = kept is None or kept > last
-    if not is_whole:  # every dropped pair points at the last row, which embedding_bag then leaves out
-        row_of_pair = row_of_pair.clamp(max=max(kept, 0)).masked_fill(row_of_pair >= kept, last)
+    left_out = None
+    if kept is not None and kept < rows.shape[0]:  # dropped pairs point at the last row, which is left out
+        left_out = rows.shape[0] - 1
+        row_of_pair = row_of_pair.masked_fill(row_of_pair >= kept, left_out)
     return F.embedding_bag(
-        row_of_pair,
-        rows.contiguous(),
-        per_sample_weights=weights,
-        mode="sum",
-        padding_idx=None if is_whole else last,
+        row_of_pair, rows.contiguous(), per_sample_weights=weights, mode="sum", padding_idx=left_out
     )
 
 
 @torch.library.custom_op("moe::experts_ffn", mutates_args=())
 def _experts_ffn(
-    x: Tensor, weights: Tensor, pair_of_row: Tensor, offsets: Tensor,
-    up_proj: Tensor, down_proj: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
-    activation: str, interleaved: bool, limit: float, alpha: float, keep_pre: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weights: Tensor,
+    pair_of_row: Tensor,
+    offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    limit: float,
+    alpha: float,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
     """(y, pre-activation); the second is empty unless keep_pre."""
+    projections = Projections(up_proj, down_proj, up_bias, down_bias)
+    nonlinearity = Nonlinearity(cast(Activation, activation), interleaved, limit, alpha)
     pre = experts_loop.allocate((pair_of_row.shape[0] if keep_pre else 0, up_proj.shape[1]), x)
     with torch.autocast(x.device.type, enabled=False):
         y = experts_loop.forward(
-            x, weights, pair_of_row, offsets, (up_proj, down_proj, up_bias, down_bias),
-            (activation, interleaved, limit, alpha), pre if keep_pre else None,
-        )  # fmt: skip
+            x, weights, pair_of_row, offsets, projections, nonlinearity, pre if keep_pre else None
+        )
+    pre[int(offsets[-1]) :].zero_()
     return y, pre
 
 
@@ -226,15 +230,29 @@ def _(x, weights, pair_of_row, offsets, up_proj, down_proj, up_bias, down_bias, 
 
 @torch.library.custom_op("moe::experts_ffn_backward", mutates_args=())
 def _experts_ffn_grads(
-    grad: Tensor, x: Tensor, weights: Tensor, pair_of_row: Tensor, offsets: Tensor,
-    up_proj: Tensor, down_proj: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, pre: Tensor,
-    activation: str, interleaved: bool, limit: float, alpha: float, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    pair_of_row: Tensor,
+    offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    activation: str,
+    interleaved: bool,
+    limit: float,
+    alpha: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, up_proj, down_proj, up_bias, down_bias; empty where not needed."""
+    projections = Projections(up_proj, down_proj, up_bias, down_bias)
+    nonlinearity = Nonlinearity(cast(Activation, activation), interleaved, limit, alpha)
     with torch.autocast(x.device.type, enabled=False):
         return experts_loop.backward(
-            grad, x, weights, pair_of_row, offsets, (up_proj, down_proj, up_bias, down_bias),
-            (activation, interleaved, limit, alpha), pre, needs,
-        )  # fmt: skip
+            grad, x, weights, pair_of_row, offsets, projections, nonlinearity, pre, needs
+        )
 
 
 @_experts_ffn_grads.register_fake

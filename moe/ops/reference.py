@@ -1,4 +1,4 @@
-"""The specification of every operation: short, slow, obviously right; differentiable by autograd; float64 works.
+"""The specification of every operation: short, slow, obviously right, differentiable; float64 works.
 
 `moe_definition` is what a MoE layer means. The other functions are the sorted form that fast backends follow;
 `experts_ffn` composes them.
@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from moe.config import GATED_ACTIVATIONS, Activation
-from moe.ops.checks import check_experts_ffn
+from moe.ops.checks import check_activation, check_experts_ffn
 
 
 def moe_definition(
@@ -27,7 +27,7 @@ def moe_definition(
     limit: float = 7.0,
     alpha: float = 1.702,
 ) -> Tensor:
-    """y[t] = sum over the choices j of weights[t, j] * expert_{experts[t, j]}(x[t]), every expert run on every token.
+    """y[t] = sum over choices j of weights[t, j] * expert_{experts[t, j]}(x[t]); every expert meets every token.
 
     x (t d), experts (t k), weights (t k), up_proj (e 2h d), or (e h d) without a gate, down_proj (e d h),
     up_bias (e 2h), down_bias (e d) -> (t d). Ids outside 0..e-1 count for nothing.
@@ -75,8 +75,10 @@ def activate(
     pre (... h) -> (... h) otherwise.
 
     swiglu: silu(gate) * up (2002.05202); geglu: gelu(gate) * up; clamped_swiglu: gate capped at `limit`, up
-    to ±`limit`, gate * sigmoid(alpha * gate) * (up + 1) (gpt-oss); relu2: relu(pre)² (2109.08668); gelu: exact.
+    to ±`limit`, gate * sigmoid(alpha * gate) * (up + 1) (gpt-oss); relu2: relu(pre)² (2109.08668); gelu:
+    the exact one.
     """
+    check_activation(activation)
     if activation not in GATED_ACTIVATIONS:
         return F.relu(pre).square() if activation == "relu2" else F.gelu(pre)
     pattern = "... (h two) -> two ... h" if interleaved else "... (two h) -> two ... h"

@@ -1,0 +1,332 @@
+"""Decoder: a transformer whose feed-forward layers are dense or sparse Mixtures of Experts.
+
+Pre-norm (2002.04745): x + attention(norm(x)), then x + feed-forward(norm(x)). Modules are named as in
+Hugging Face's models.
+
+Axes: b batch, s sequence, t = b * s tokens, d model width, v vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, Unpack, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.attention import GroupedQueryAttention, KVCache, RMSNorm, Rotation, Sight, residual_scale
+from moe.checkpoint import (
+    MAX_SHARD_BYTES,
+    atomic_folder,
+    check_tensors,
+    keep_other_files,
+    load_config,
+    load_tensors,
+    save_config,
+    save_tensors,
+)
+from moe.config import DecoderConfig
+from moe.cross_entropy import IGNORED, linear_cross_entropy
+from moe.feed_forward import Projection, SwiGLU
+from moe.generate import Options, generate
+from moe.layer import MoE
+from moe.losses import load_balancing_loss, router_z_loss
+from moe.ops.choose import Backend
+from moe.plan import RoutingPlan
+from moe.routing import Routing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderOutput:
+    """What a forward pass computed; `routings` and `plans` have one entry a MoE layer (`Decoder.moe_layers`).
+
+    logits  (b s v)
+    hidden  (b s d) after the final norm
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    routings: tuple[Routing, ...]
+    plans: tuple[RoutingPlan, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLoss:
+    """Scalars in nats per token. `balance` and `z` are before their coefficients, and 0 when those are 0.
+
+    total = cross_entropy + router_aux_loss_coef * balance + router_z_loss_coef * z
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    balance: Tensor
+    z: Tensor
+    routings: tuple[Routing, ...]
+    plans: tuple[RoutingPlan, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hidden:
+    """What the layers computed: states (b s d) after the final norm, and the routing of each MoE layer."""
+
+    states: Tensor
+    routings: tuple[Routing, ...]
+    plans: tuple[RoutingPlan, ...]
+
+
+class Block(nn.Module):
+    """One layer: attention, then a dense or MoE feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int, *, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = GroupedQueryAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = (
+            MoE(config, backend=backend, output_scale=residual_scale(config))
+            if config.is_moe_layer(layer)
+            else _dense_mlp(config)
+        )
+
+    def forward(
+        self, x: Tensor, sight: Sight, rotation: Rotation, mask: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Routing | None, RoutingPlan | None]:
+        """x (b s d) -> x (b s d), and routing and plan where the feed-forward is sparse."""
+        x = x + self.self_attn(self.input_layernorm(x), sight, rotation, cache)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, SwiGLU):
+            return x + self.mlp(normed), None, None
+        output = self.mlp(normed, mask)
+        return x + output.y, output.routing, output.plan
+
+
+def _dense_mlp(config: DecoderConfig) -> SwiGLU:
+    width = cast(int, config.intermediate_size)  # DecoderConfig refuses a dense layer without it
+    std = config.initializer_range
+    return SwiGLU(config.hidden_size, width, std=std, output_std=std * residual_scale(config))
+
+
+class TokenEmbedding(nn.Embedding):
+    """A table (v d) drawn once from N(0, std²)."""
+
+    def __init__(self, vocab_size: int, width: int, *, std: float) -> None:
+        self.std = std  # reset_parameters, which nn.Embedding calls, reads it
+        super().__init__(vocab_size, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm: everything below the head."""
+
+    def __init__(self, config: DecoderConfig, *, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = TokenEmbedding(
+            config.vocab_size, config.hidden_size, std=config.initializer_range
+        )
+        self.layers = nn.ModuleList(
+            Block(config, layer, backend=backend) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        checkpoint_blocks: bool = False,
+    ) -> Hidden:
+        """ids (b s), mask (b s) -> Hidden; the cache, if any, is extended by s tokens."""
+        x = self.embed_tokens(ids)
+        sight = Sight.causal((ids.shape[0], ids.shape[1]), ids.device, mask, cache)
+        rotation = Rotation.at(sight.positions, self.config.head_size, self.config.rope_theta, x.dtype)
+        routings: list[Routing] = []
+        plans: list[RoutingPlan] = []
+        for block in self.layers:
+            if checkpoint_blocks:
+                x, routing, plan = checkpoint(block, x, sight, rotation, mask, cache, use_reentrant=False)
+            else:
+                x, routing, plan = block(x, sight, rotation, mask, cache)
+            if routing is not None:
+                routings.append(routing)
+                plans.append(plan)
+        if cache is not None:
+            cache.advance(ids.shape[1], mask)
+        return Hidden(self.norm(x), tuple(routings), tuple(plans))
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model.
+
+    | parameter                              | drawn from                                              |
+    |----------------------------------------|---------------------------------------------------------|
+    | embed_tokens, lm_head (when untied)    | N(0, initializer_range²)                                |
+    | q_proj, k_proj, v_proj, router         | N(0, initializer_range²)                                |
+    | gate_proj, up_proj, gate_up_proj       | N(0, initializer_range²)                                |
+    | o_proj, down_proj (dense, each expert) | N(0, initializer_range² / (2 num_hidden_layers))        |
+    | norms                                  | 1                                                       |
+    | biases                                 | 0                                                       |
+
+    0.02 and the smaller output projections are GPT-2's (Radford et al. 2019, section 2.3), in the form of
+    Megatron-LM (1909.08053). An expert is drawn exactly as a dense layer is.
+
+    `checkpoint_blocks` (an attribute, too) keeps only the input of each layer for the backward pass and
+    computes the rest again, with the same routing: the random state is restored for it.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, backend: Backend = "auto", checkpoint_blocks: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = checkpoint_blocks
+        self.model = Backbone(config, backend=backend)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Projection(config.hidden_size, config.vocab_size, std=config.initializer_range)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix (v d): the embedding itself when `tie_word_embeddings`."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layer number of each entry of `routings`."""
+        return tuple(filter(self.config.is_moe_layer, range(self.config.num_hidden_layers)))
+
+    def forward(
+        self, ids: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> DecoderOutput:
+        """Logits of the next token at every place.
+
+        ids (b s) int64; mask (b s) bool, True at real tokens: padding may stand left or right, and positions
+        count real tokens. With a cache, ids continue what it holds, and mask covers ids alone.
+
+        Raises:
+            ValueError: a wrong shape or dtype, or an id outside the vocabulary (inside torch.compile
+                this last is not checked).
+        """
+        hidden = self.hidden(ids, mask=mask, cache=cache)
+        return DecoderOutput(self.logits(hidden.states), hidden.states, hidden.routings, hidden.plans)
+
+    def hidden(self, ids: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None) -> Hidden:
+        """As `forward`, without the logits."""
+        _check_ids(ids, self.config.vocab_size)
+        _check_mask(mask, ids)
+        recompute = self.checkpoint_blocks and torch.is_grad_enabled() and cache is None
+        return self.model(ids, mask, cache, checkpoint_blocks=recompute)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (... d) -> (... v)."""
+        return F.linear(hidden, self.head_weight)
+
+    def loss(
+        self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None, chunk_tokens: int | None = None
+    ) -> DecoderLoss:
+        """Cross-entropy with targets (b s), and the auxiliary losses of the routers.
+
+        A target of -100 or under padding is ignored; when all are, cross_entropy is 0 and so is its gradient.
+        Logits exist for `chunk_tokens` tokens at a time (None: as many as make 64 MiB in fp32).
+
+        Raises:
+            ValueError: as `forward`, and for a target that is neither an id nor -100.
+        """
+        if targets.shape != ids.shape:
+            raise ValueError(f"targets {_shape(targets)} must have the shape of ids {_shape(ids)}.")
+        targets = targets if mask is None else targets.where(mask, IGNORED)
+        _check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
+        hidden = self.hidden(ids, mask=mask)
+        cross_entropy = linear_cross_entropy(
+            rearrange(hidden.states, "b s d -> (b s) d"),
+            self.head_weight,
+            rearrange(targets, "b s -> (b s)"),
+            chunk_tokens=chunk_tokens,
+        )
+        balance, z = self._router_losses(hidden.routings, cross_entropy)
+        config = self.config
+        total = cross_entropy + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+        return DecoderLoss(total, cross_entropy, balance, z, hidden.routings, hidden.plans)
+
+    def _router_losses(self, routings: Sequence[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
+        balance = z = torch.zeros_like(like)
+        if routings and self.config.router_aux_loss_coef:
+            balance = load_balancing_loss(routings, convention=self.config.router_aux_loss_convention)
+        if routings and self.config.router_z_loss_coef:
+            z = torch.stack([router_z_loss(routing) for routing in routings]).mean()
+        return balance, z
+
+    def generate(self, ids: Tensor, **options: Unpack[Options]) -> Tensor:
+        """Prompt and continuation, (b s + new tokens); see `moe.generate.generate`."""
+        return generate(self, ids, **options)
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: float = MAX_SHARD_BYTES) -> None:
+        """Write config and weights; the folder is the old one or the new one at any moment (moe/atomic.py).
+
+        Tied weights are stored once. Other files in the folder (a tokenizer) stay.
+
+        Raises:
+            ValueError: the folder holds subfolders.
+            OSError: no space left on disk, or another failure of the file system; the old folder is intact.
+        """
+        with atomic_folder(folder) as temporary:
+            keep_other_files(folder, temporary)
+            save_config(temporary, self.config)
+            save_tensors(temporary, self.state_dict(), max_shard_bytes=max_shard_bytes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        backend: Backend = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Read what `save_pretrained` wrote, in evaluation mode. `dtype` None keeps the stored one.
+
+        Raises:
+            FileNotFoundError: no config or no weights.
+            ValueError: an unknown config key, a damaged file, or tensors that do not fit the config.
+        """
+        with torch.device("meta"):
+            decoder = cls(load_config(folder), backend=backend)
+        stored = load_tensors(folder)
+        check_tensors(stored, decoder.state_dict(), folder)
+        tensors = {name: tensor.to(device or "cpu", copy=True) for name, tensor in stored.items()}
+        decoder.load_state_dict(tensors, assign=True)
+        return decoder.to(dtype).eval() if dtype else decoder.eval()
+
+
+def _check_ids(ids: Tensor, vocab_size: int, what: str = "id") -> None:
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(f"{what}s must be an int64 tensor (b s), got {_shape(ids)} of {ids.dtype}.")
+    if torch.compiler.is_compiling() or ids.is_meta or not ids.numel():
+        return
+    for value in torch.stack(torch.aminmax(ids)).tolist():
+        if not 0 <= value < vocab_size:
+            raise ValueError(
+                f"{what} {value} is outside the vocabulary: ids go from 0 to {vocab_size - 1}. "
+                f"Use the tokenizer that the model was trained with."
+            )
+
+
+def _check_mask(mask: Tensor | None, ids: Tensor) -> None:
+    if mask is not None and (mask.shape != ids.shape or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be bool with the shape of ids {_shape(ids)}, True at real tokens; "
+            f"got {_shape(mask)} of {mask.dtype}."
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"({' '.join(map(str, tensor.shape))})"

@@ -1,0 +1,103 @@
+"""How many parameters a decoder has, how many a token uses, and what a token costs; from the config alone."""
+
+from dataclasses import dataclass
+
+from moe.config import DecoderConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Numbers of parameters.
+
+    total                 all; a tied head is the embedding and counts once
+    active                those a token uses: `num_experts_per_tok` of the experts, and everything that all
+                          tokens share: shared experts, routers, attention, norms, embedding and head. The
+                          embedding counts whole, though a token looks up one row of it
+    embedding             the embedding and, when untied, the head
+    non_embedding_total   total - embedding
+    non_embedding_active  active - embedding: the usual measure of a MoE model's size
+    router                router weights and biases of all layers (in total and in active)
+    """
+
+    total: int
+    active: int
+    embedding: int
+    non_embedding_total: int
+    non_embedding_active: int
+    router: int
+
+
+def count_parameters(config: DecoderConfig) -> ParameterCount:
+    """Count without building the model; the selection bias is a buffer and does not count.
+
+    attention   2 d n c + 2 d g c, and 2 c with q/k norm
+    dense       3 d f                                     f = intermediate_size
+    expert      3 d h when gated, else 2 d h; with biases 2 h + d or h + d more
+    shared      3 d h', and d with a gate                 h' = config.shared_width
+    router      e d, and e with a bias
+    norms       2 d a layer, and d at the end
+    embedding   v d, twice when untied
+    """
+    d, layers = config.hidden_size, config.num_hidden_layers
+    sparse = sum(map(config.is_moe_layer, range(layers)))
+    embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    router = sparse * _router(config)
+    everywhere = layers * (_attention(config) + 2 * d) + d
+    dense = (layers - sparse) * 3 * d * (config.intermediate_size or 0)
+    common = everywhere + dense + router + sparse * _shared(config)
+    total = common + sparse * config.num_experts * _expert(config)
+    active = common + sparse * config.num_experts_per_tok * _expert(config)
+    return ParameterCount(total + embedding, active + embedding, embedding, total, active, router)
+
+
+def flops_per_token(config: DecoderConfig, sequence: int) -> float:
+    """Forward floating-point operations for a token of a causal sequence, on average; training takes 3 times.
+
+    2 per weight of every matrix a token is multiplied with: attention, router, k experts, shared experts,
+    dense layers and the head (v d, tied or not). The embedding is a look-up and costs nothing; norms,
+    activations, softmax and biases are left out (below 1 %).
+    4 n c a layer per key seen, for q k^T and the sum of values; a token sees (sequence + 1) / 2 on average.
+
+    The backward pass takes two products for each one of the forward pass, hence the 3. Total parameters do
+    not appear: at fixed k, experts are free.
+
+    Raises:
+        ValueError: `sequence` below 1.
+    """
+    if sequence < 1:
+        raise ValueError(f"sequence={sequence} must be at least 1.")
+    d, layers = config.hidden_size, config.num_hidden_layers
+    sparse = sum(map(config.is_moe_layer, range(layers)))
+    heads = config.num_attention_heads * config.head_size
+    routed = config.num_experts * d + config.num_experts_per_tok * _expert_matrices(config) + _shared(config)
+    matrices = (
+        layers * 2 * d * (heads + config.kv_heads * config.head_size)
+        + (layers - sparse) * 3 * d * (config.intermediate_size or 0)
+        + sparse * routed
+        + config.vocab_size * d
+    )
+    return 2.0 * matrices + layers * 4 * heads * (sequence + 1) / 2
+
+
+def _attention(config: DecoderConfig) -> int:
+    c = config.head_size
+    norms = 2 * c if config.use_qk_norm else 0
+    return 2 * config.hidden_size * c * (config.num_attention_heads + config.kv_heads) + norms
+
+
+def _expert_matrices(config: DecoderConfig) -> int:
+    return (3 if config.is_gated else 2) * config.hidden_size * config.moe_intermediate_size
+
+
+def _expert(config: DecoderConfig) -> int:
+    up_width = (2 if config.is_gated else 1) * config.moe_intermediate_size
+    return _expert_matrices(config) + (up_width + config.hidden_size if config.expert_bias else 0)
+
+
+def _shared(config: DecoderConfig) -> int:
+    gate = config.hidden_size if config.shared_expert_gate else 0
+    return 3 * config.hidden_size * config.shared_width + gate
+
+
+def _router(config: DecoderConfig) -> int:
+    return config.num_experts * (config.hidden_size + int(config.router_bias))

@@ -1,0 +1,1 @@
+"""Figures made from a run folder; nothing in the library imports this."""

@@ -1,0 +1,118 @@
+"""AdamW in parameter groups, and learning-rate schedules as pure functions of the step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moe.train.settings import OptimConfig
+
+_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (1711.05101) with up to four groups: with and without decay, router and everything else.
+
+    Each group carries `lr_scale`, which `set_learning_rate` multiplies in. Fused where torch has a fused
+    kernel for the device.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = (has_decay(name, parameter, config), is_router(name))
+            groups.setdefault(kind, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr_scale": config.router_lr_scale if router else 1.0,
+            }
+            for (decays, router), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=all(p.device.type in ("cpu", "cuda") for p in model.parameters()),
+    )
+
+
+def has_decay(name: str, parameter: Tensor, config: OptimConfig) -> bool:
+    """Weight decay is for matrices: norms, biases (those of experts are (e o)) and embeddings go without."""
+    if "embed" in name:
+        return config.decay_embeddings
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
+def is_router(name: str) -> bool:
+    """Whether this parameter belongs to a router."""
+    return "router" in name.split(".")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """The rate of step 0 <= step < steps: linear warm-up, then the schedule.
+
+    cosine    half a cosine from lr down to final_fraction * lr at the last step (1608.03983)
+    wsd       warm-up, stable, decay: lr until the last decay_fraction of the run, then a straight line
+              down to final_fraction * lr (2404.06395)
+    constant  lr
+    """
+    warmup = min(config.warmup_steps, steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    last = max(steps - 1, 1)
+    if config.schedule == "wsd":
+        start = max(warmup, round(steps * (1 - config.decay_fraction)))
+        down = min(max((step - start + 1) / (last - start + 1), 0.0), 1.0) if last >= start else 0.0
+    else:
+        down = 0.5 - 0.5 * math.cos(math.pi * min((step - warmup) / max(last - warmup, 1), 1.0))
+    return config.lr * (1 - (1 - config.final_fraction) * down)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of the optimizer as named tensors: "PARAMETER.exp_avg" and so on."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Put the tensors of `optimizer_tensors` back.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or has the wrong shape.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = {f"{name}.{key}" for name in parameters for key in _STATE_KEYS}
+    if expected != tensors.keys():
+        raise ValueError(
+            f"the optimizer state does not fit the model; missing: {sorted(expected - tensors.keys())}, "
+            f"unexpected: {sorted(tensors.keys() - expected)}."
+        )
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        parameter = parameters[name]
+        if value.ndim and value.shape != parameter.shape:
+            raise ValueError(
+                f"the optimizer state {full_name!r} has shape {tuple(value.shape)}, "
+                f"its parameter {tuple(parameter.shape)}."
+            )
+        optimizer.state[parameter][key] = _place_state(key, value, parameter, optimizer)
+
+
+def _place_state(key: str, value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Moments live beside their parameter; the step count too when the kernel is fused."""
+    beside = key != "step" or optimizer.defaults.get("fused")
+    return value.to(parameter.device if beside else "cpu").clone()

@@ -1,0 +1,49 @@
+"""Every example runs as a reader would run it, and shows what it promises to show."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# One fact that each example has to print: a pattern, and what its groups must satisfy.
+SHOWS = {
+    "01_one_layer.py": (r"without a token: (\[.*\]); experts without a gradient: (.*)", lambda a, b: a == b),
+    "02_inside_routing.py": (r"bias alone: ([\d.]+) -> ([\d.]+)", lambda a, b: float(b) < float(a) / 4),
+    "03_train_tiny.py": (r"bits per byte ([\d.]+) -> ([\d.]+)", lambda a, b: float(b) < float(a) / 2),
+    "04_moe_in_your_model.py": (
+        r"accuracy (\d+)%; guessing gives ([\d.]+)",
+        lambda a, b: int(a) > 3 * float(b),
+    ),
+    "05_compare_backends.py": (r"the backends agree: (True)", bool),
+}
+
+
+def test_every_example_is_listed_here():
+    assert sorted(SHOWS) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", sorted(SHOWS))
+def test_an_example_shows_what_it_promises(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    pattern, holds = SHOWS[name]
+    found = re.search(pattern, done.stdout)
+    assert found, f"{pattern!r} is not in:\n{done.stdout}"
+    assert holds(*found.groups()), found.group()
+
+
+@pytest.mark.parametrize("name", sorted(SHOWS))
+def test_an_example_is_short(name):
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 100

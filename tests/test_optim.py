@@ -1,0 +1,136 @@
+"""Which parameters decay, which rate they get, and that state survives a round trip exactly."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe.decoder import Decoder
+from moe.train.optim import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from moe.train.presets import tiny
+from moe.train.settings import OptimConfig
+
+
+def model() -> Decoder:
+    config = tiny().model
+    kind = type(config)
+    return Decoder(
+        kind.from_dict(config.to_dict() | {"expert_bias": True, "router_bias": True, "use_qk_norm": True})
+    )
+
+
+def groups_by_name(decoder: Decoder, config: OptimConfig) -> dict[str, dict]:
+    optimizer = make_optimizer(decoder, config)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    return {name: group_of[id(p)] for name, p in decoder.named_parameters()}
+
+
+def test_weight_decay_is_for_matrices_only():
+    groups = groups_by_name(model(), OptimConfig(weight_decay=0.3))
+    decayed = {
+        name.split(".")[-1 if "experts" in name else -2] for name, g in groups.items() if g["weight_decay"]
+    }
+    assert decayed == {"q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj"}
+    assert {g["weight_decay"] for g in groups.values()} == {0.0, 0.3}
+
+
+def test_embeddings_decay_when_asked():
+    groups = groups_by_name(model(), OptimConfig(decay_embeddings=True))
+    assert groups["model.embed_tokens.weight"]["weight_decay"] > 0
+
+
+def test_routers_have_their_own_rate():
+    groups = groups_by_name(model(), OptimConfig(router_lr_scale=0.1))
+    assert {name for name, g in groups.items() if g["lr_scale"] != 1} == {
+        n for n in groups if ".router." in n
+    }
+    optimizer = make_optimizer(model(), OptimConfig(router_lr_scale=0.1))
+    set_learning_rate(optimizer, 2.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {2.0, 0.2}
+
+
+def test_every_parameter_is_in_one_group():
+    decoder = model()
+    optimizer = make_optimizer(decoder, OptimConfig())
+    counted = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(counted) == sorted(map(id, decoder.parameters()))
+
+
+def test_the_cosine_schedule_warms_up_and_ends_at_its_fraction():
+    config = OptimConfig(lr=1.0, warmup_steps=10, final_fraction=0.1)
+    rates = [learning_rate(step, 101, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)  # half way down
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_wsd_is_flat_and_then_a_straight_line():
+    config = OptimConfig(lr=1.0, warmup_steps=10, schedule="wsd", final_fraction=0.0, decay_fraction=0.2)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[10:80] == [1.0] * 70
+    assert rates[80:] == pytest.approx([1 - (i + 1) / 20 for i in range(20)])
+
+
+@given(
+    st.sampled_from(["cosine", "wsd", "constant"]), st.integers(1, 60), st.integers(0, 80), st.floats(0, 1)
+)
+def test_a_rate_is_positive_bounded_and_never_rises_after_warm_up(schedule, steps, warmup, final):
+    config = OptimConfig(lr=1.0, warmup_steps=warmup, schedule=schedule, final_fraction=final)
+    rates = [learning_rate(step, steps, config) for step in range(steps)]
+    assert all(0 <= rate <= 1 + 1e-12 for rate in rates)
+    after = rates[min(warmup, steps - 1) :]
+    assert all(a >= b - 1e-12 for a, b in pairwise(after))
+    assert warmup >= steps or schedule == "constant" or steps == 1 or rates[-1] >= final - 1e-12
+
+
+def trained(steps: int) -> tuple[Decoder, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    decoder = model()
+    optimizer = make_optimizer(decoder, OptimConfig())
+    for step in range(steps):
+        one_step(decoder, optimizer, step)
+    return decoder, optimizer
+
+
+def one_step(decoder, optimizer, step):
+    ids = torch.arange(64).reshape(2, 32) + step
+    decoder.loss(ids, ids + 1).total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_optimizer_state_round_trips_to_the_same_next_step():
+    straight, optimizer = trained(3)
+    copied, new_optimizer = trained(0)
+    copied.load_state_dict(straight.state_dict())
+    load_optimizer_tensors(copied, new_optimizer, optimizer_tensors(straight, optimizer))
+    one_step(straight, optimizer, 3)
+    one_step(copied, new_optimizer, 3)
+    for ours, theirs in zip(straight.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.pop("model.norm.weight.exp_avg"), "missing: .*norm.weight.exp_avg"),
+        (lambda state: state.update({"model.other.exp_avg": torch.zeros(3)}), "unexpected: .*model.other"),
+        (lambda state: state.update({"model.norm.weight.exp_avg": torch.zeros(3)}), "has shape"),
+    ],
+    ids=["missing", "unexpected", "wrong shape"],
+)
+def test_damaged_optimizer_state_is_refused(damage, message):
+    decoder, optimizer = trained(1)
+    tensors = optimizer_tensors(decoder, optimizer)
+    damage(tensors)
+    fresh, new_optimizer = trained(0)
+    with pytest.raises(ValueError, match=message):
+        load_optimizer_tensors(fresh, new_optimizer, tensors)
