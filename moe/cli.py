@@ -28,7 +28,7 @@ class Command:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns 0, 1 for a failed check, 2 for a user's error, 130 for Ctrl-C."""
-    parsed = make_parser().parse_args(arguments)
+    parsed = parse(arguments)
     try:
         return COMMANDS[parsed.command].run(parsed)
     except USER_ERRORS as error:
@@ -39,6 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command == "train" and parsed.out is not None and parsed.out.exists():
             print(f"continue with: sparse-moe train --out {parsed.out} --resume", file=sys.stderr)
         return INTERRUPTED
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand before, between and after the options."""
+    parser = make_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (parsed.command != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def make_parser() -> argparse.ArgumentParser:

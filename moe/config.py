@@ -97,8 +97,8 @@ class MoEConfig:
         if self.num_experts_per_tok > self.topk_group * group_size:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than the "
-                f"{self.topk_group * group_size} experts in topk_group={self.topk_group} groups of {group_size}. "
-                f"Raise topk_group."
+                f"{self.topk_group * group_size} experts in topk_group={self.topk_group} groups of "
+                f"{group_size}. Raise topk_group."
             )
         if self.n_group > 1 and self.group_score == "top2" and group_size < 2:
             raise ValueError(

@@ -17,7 +17,7 @@ class Projection(nn.Linear):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (2002.05202), of width h; the down-projection is drawn with `output_std`."""
+    """down(silu(gate(x)) * up(x)) (2002.05202), of width h; down is drawn with `output_std`."""
 
     def __init__(self, d: int, h: int, *, std: float, output_std: float) -> None:
         super().__init__()

@@ -33,8 +33,8 @@ class RoutingPlan:
         An id outside 0..num_experts-1 marks a pair that no expert runs. No host sync.
         """
         pairs = rearrange(experts, "t k -> (t k)")
-        runs_nowhere = (pairs < 0) | (pairs >= num_experts)
-        expert_of_row, pair_of_row = torch.sort(pairs.masked_fill(runs_nowhere, num_experts), stable=True)
+        pairs = pairs.clamp(-1, num_experts).remainder(num_experts + 1)  # every other id becomes num_experts
+        expert_of_row, pair_of_row = torch.sort(pairs, stable=True)
         row_of_pair = torch.empty_like(pair_of_row)
         row_of_pair.scatter_(0, pair_of_row, torch.arange(pairs.numel(), device=pairs.device))
         offsets = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=pairs.device))

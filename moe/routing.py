@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
@@ -139,7 +139,7 @@ class Router(nn.Module):
         config = self.config
         groups = rearrange(preference, "t (g m) -> t g m", g=config.n_group)
         best = groups.topk(1 if config.group_score == "max" else 2, dim=-1).values
-        kept_groups = reduce(best, "t g best -> t g", "sum").topk(config.topk_group, dim=-1).indices
+        kept_groups = best.sum(-1).topk(config.topk_group, dim=-1).indices
         is_kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, kept_groups, True)
         is_kept = repeat(is_kept, "t g -> t (g m)", m=groups.shape[-1])
         return preference.masked_fill(~is_kept, -torch.inf)
@@ -159,13 +159,12 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast as any module; the selection bias stays float32: bfloat16 would swallow its steps."""
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if bias is not None and self.e_score_correction_bias is not None:
-            source = (
-                self.e_score_correction_bias if bias.is_meta else bias
-            )  # to_empty() leaves the meta device
-            self.e_score_correction_bias = source.to(self.e_score_correction_bias.device, torch.float32)
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]  # torch gives `fn` no type
+        after = self.e_score_correction_bias
+        if before is not None and after is not None:
+            source = after if before.is_meta else before  # to_empty() leaves the meta device
+            self.e_score_correction_bias = source.to(after.device, torch.float32)
         return self
 
     def extra_repr(self) -> str:

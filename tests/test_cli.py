@@ -9,7 +9,7 @@ import sys
 import pytest
 from train_helpers import tiny_overrides, tiny_run, write_corpus
 
-from moe.cli import COMMANDS, main
+from moe.cli import COMMANDS, main, parse
 from moe.train.loop import train
 
 
@@ -68,6 +68,15 @@ def test_a_users_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_overrides_may_stand_anywhere_and_unknown_options_nowhere(capsys):
+    parsed = parse(["train", "a.b=1", "--preset", "tiny", "c.d=2", "--resume", "e.f=3"])
+    assert parsed.overrides == ["a.b=1", "c.d=2", "e.f=3"] and parsed.resume
+    for arguments in (["train", "a.b=1", "--reusme"], ["eval", "run", "extra"]):
+        with pytest.raises(SystemExit):
+            parse(arguments)
+        assert "unrecognized" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_an_error(tmp_path, capsys):

@@ -16,7 +16,7 @@ from moe.train.corpus import find_corpus, read_pieces
 from moe.train.data import Windows, permute, train_batch
 from moe.train.settings import DataConfig
 from moe.train.tokenizer import ByteTokenizer
-from moe.train.tokens import cache_folder, load_tokens, token_dtype
+from moe.train.tokens import cache_folder, load_tokens, token_dtype, write_tokens
 
 
 def data(folder: Path, **more) -> DataConfig:
@@ -214,6 +214,22 @@ def test_a_changed_file_is_another_corpus(tmp_path):
     before = load_tokens(config).manifest["digest"]
     (tmp_path / "text" / "00.txt").write_text("changed")
     assert load_tokens(config).manifest["digest"] != before
+
+
+def test_a_cache_that_cannot_be_made_is_refused(tmp_path):
+    config = tiny_run(tmp_path)
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match=r"cannot be made.*data\.cache"):
+        load_tokens(config)
+
+
+def test_the_second_of_two_processes_that_tokenise_keeps_the_folder_of_the_first(tmp_path):
+    config = tiny_run(tmp_path)
+    first = load_tokens(config)
+    (folder,) = (tmp_path / "cache").glob("tokens-*")
+    inode = folder.stat().st_ino
+    write_tokens(find_corpus(config.data), first.tokenizer, folder)
+    assert folder.stat().st_ino == inode and list((tmp_path / "cache").iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(

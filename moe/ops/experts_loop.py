@@ -17,6 +17,7 @@ Decisions
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def forward(
     """y (t d). Writes the pre-activation into pre (p o) when given."""
     up, down, up_bias, down_bias = projections
     token_of_row = pair_of_row // weights.shape[1]
-    scale = weights.flatten()[pair_of_row].to(_sum_dtype(x))[:, None]
+    scale = weights.flatten().index_select(0, pair_of_row).to(_sum_dtype(x))[:, None]
     bounds = offsets.tolist()
 
     def add_outputs(y: Tensor, experts: range) -> None:
@@ -109,7 +110,7 @@ def backward(
         for tensor, need in zip(projections, needs[2:], strict=True)
     )
     token_of_row = pair_of_row // weights.shape[1]
-    scale = weights.flatten()[pair_of_row].to(x.dtype)[:, None]
+    scale = weights.flatten().index_select(0, pair_of_row).to(x.dtype)[:, None]
     grad_scale = scale.new_zeros(scale.shape[0], dtype=_sum_dtype(x))
     bounds = offsets.tolist()
 
@@ -198,18 +199,20 @@ def _blocks(bounds: Sequence[int], experts: range, like: Tensor) -> Iterator[Blo
     can_cut = like.dtype in (torch.float32, torch.float64)
     least = BLOCK_ROWS if like.device.type == "cpu" else 1
     first_row, owners, sizes, continues = bounds[experts.start], list[int](), list[int](), False
-    for expert in experts:
-        start, end = bounds[expert], bounds[expert + 1]
-        while start < end:
-            stop = min(end, max(first_row + BLOCK_ROWS, start + BLOCK_ROWS // 2)) if can_cut else end
+    row = first_row
+    while row < bounds[experts.stop]:
+        expert = bisect_right(bounds, row) - 1  # straight to the next expert that owns rows
+        end = bounds[expert + 1]
+        while row < end:
+            stop = min(end, max(first_row + BLOCK_ROWS, row + BLOCK_ROWS // 2)) if can_cut else end
             owners.append(expert)
-            sizes.append(stop - start)
-            start = stop
-            if stop - first_row >= least:
-                yield Block(slice(first_row, stop), owners, sizes, continues)
-                first_row, owners, sizes, continues = stop, [], [], stop < end
+            sizes.append(stop - row)
+            row = stop
+            if row - first_row >= least:
+                yield Block(slice(first_row, row), owners, sizes, continues)
+                first_row, owners, sizes, continues = row, [], [], row < end
     if owners:
-        yield Block(slice(first_row, first_row + sum(sizes)), owners, sizes, continues)
+        yield Block(slice(first_row, row), owners, sizes, continues)
 
 
 def _multiply(

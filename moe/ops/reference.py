@@ -27,7 +27,7 @@ def moe_definition(
     limit: float = 7.0,
     alpha: float = 1.702,
 ) -> Tensor:
-    """y[t] = sum over choices j of weights[t, j] * expert_{experts[t, j]}(x[t]); every expert meets every token.
+    """y[t] = sum over the choices j of weights[t, j] * expert_{experts[t, j]}(x[t]).
 
     x (t d), experts (t k), weights (t k), up_proj (e 2h d), or (e h d) without a gate, down_proj (e d h),
     up_bias (e 2h), down_bias (e d) -> (t d). Ids outside 0..e-1 count for nothing.

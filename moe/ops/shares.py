@@ -25,7 +25,7 @@ def split_experts(bounds: Sequence[int], device: torch.device) -> list[range]:
     """
     everything = range(len(bounds) - 1)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1:
+    if threads == 1 or bounds[-1] * (1 + _ROWS_PER_EXPERT) < 2 * _SMALLEST_SHARE:
         return [everything]
     work = [bounds[i + 1] - bounds[i] + _ROWS_PER_EXPERT * (bounds[i + 1] > bounds[i]) for i in everything]
     total = sum(work)
