@@ -103,12 +103,14 @@ def run_train(arguments: argparse.Namespace) -> int:
 def show_results(folder: Path, device: str | None) -> None:
     """What a finished run is worth: a sample, bits per byte beside compressors, a figure."""
     from moe.train.files import write_bytes
-    from moe.train.runs import evaluate_run, open_run, sample_text
+    from moe.train.runs import evaluate_run, held_out_excerpt, open_run, sample_text
 
     run = open_run(folder, device=device)
-    text = sample_text(run)
+    prompt = held_out_excerpt(run)
+    text = sample_text(run, prompt)
     write_bytes(folder / "samples.txt", text.encode("utf-8"))
-    show(f"\nsample (also in {folder / 'samples.txt'}):\n{indent(text)}\n")
+    show(f"\nsample (also in {folder / 'samples.txt'}); held-out text as the prompt:\n{indent(prompt)}")
+    show(f"the model goes on:\n{indent(text.removeprefix(prompt))}\n")
     show_evaluation(evaluate_run(run, log=show))
     try:
         from moe.report.figures import draw_run

@@ -92,8 +92,11 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route x (t d). mask (t) is True at real tokens; the others get no expert."""
+        x = x if mask is None else x.masked_fill(~mask[:, None], 0)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._route(x, mask)
         with torch.autocast(x.device.type, enabled=False):
-            return self._route(x if mask is None else x.masked_fill(~mask[:, None], 0), mask)
+            return self._route(x, mask)
 
     def _route(self, x: Tensor, mask: Tensor | None) -> Routing:
         logits = self._logits(x)

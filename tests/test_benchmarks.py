@@ -307,10 +307,24 @@ def tiny(tmp_path, monkeypatch) -> list[str]:
     for i in range(4):
         (folder / f"{i}.py").write_text(f"# file {i}\n" + CORPUS[i * 900 :])
     monkeypatch.setenv("SPARSE_MOE_CACHE", str(tmp_path / "cache"))
-    learning = dict(hidden_size=16, heads=2, width=32, sequence=32, batch=4, validation_tokens=512)
-    cost = dict(
-        hidden_size=16, layers=1, heads=2, expert_width=8, batch=1, sequence=80, seconds=0.0, experts=[4, 8]
-    )
+    learning = {
+        "hidden_size": 16,
+        "heads": 2,
+        "width": 32,
+        "sequence": 32,
+        "batch": 4,
+        "validation_tokens": 512,
+    }
+    cost = {
+        "hidden_size": 16,
+        "layers": 1,
+        "heads": 2,
+        "expert_width": 8,
+        "batch": 1,
+        "sequence": 80,
+        "seconds": 0.0,
+        "experts": [4, 8],
+    }
     return [
         *("--corpus", str(folder), "--results", str(tmp_path / "results"), "--jobs", "1"),
         *("--steps", "6", "--seeds", "2", "--experts", "4,8"),
@@ -382,9 +396,9 @@ def _learning(losses: dict[str, list[float]], max_violation: float = 0.2, dead: 
     setting = replace(LearningSetting(), experts=(4, 16))
     runs = [
         {
-            "arm": arm, "seed": seed, "validation_loss": loss, "training_loss": loss, "validation_tokens": 262_144,
-            "cpu_seconds": 1.0, "tokens": 100, "max_violation": [max_violation] if "e=" in arm[:2] else [],
-            "dead_experts": dead,
+            "arm": arm, "seed": seed, "validation_loss": loss, "training_loss": loss,
+            "validation_tokens": 262_144, "cpu_seconds": 1.0, "tokens": 100,
+            "max_violation": [max_violation] if arm.startswith("e=") else [], "dead_experts": dead,
         }
         for arm, values in losses.items()
         for seed, loss in enumerate(values)
@@ -433,7 +447,8 @@ def test_figures_are_drawn_from_the_record_alone(tmp_path):
 
 
 def test_tables_go_between_their_marks_and_nowhere_else():
-    text = "before\n<!-- layer -->\nold\n<!-- end layer -->\nafter\n<!-- scaling_full -->\nkept\n<!-- end scaling_full -->\n"
+    kept = "after\n<!-- scaling_full -->\nkept\n<!-- end scaling_full -->\n"
+    text = f"before\n<!-- layer -->\nold\n<!-- end layer -->\n{kept}"
     filled = tables.fill(text, {"layer": "| new |"})
     assert filled == text.replace("old", "\n| new |\n")
     assert tables.fill(filled, {"layer": "| new |"}) == filled

@@ -16,7 +16,7 @@ from moe.train.evaluate import compressors, evaluate, evaluated_text
 from moe.train.loop import train
 from moe.train.metrics import NonFiniteError, count, describe_loads, duration
 from moe.train.run_folder import RunFolder
-from moe.train.runs import evaluate_run, open_run, sample_text
+from moe.train.runs import evaluate_run, held_out_excerpt, open_run, sample_text
 from moe.train.tokenizer import ByteTokenizer
 from moe.train.tokens import load_tokens
 from moe.train.trainer import Trainer
@@ -125,6 +125,37 @@ def test_a_uniform_model_needs_eight_bits_a_byte_and_pays_for_ends_of_text(tmp_p
     result = evaluate(trainer.model, windows, ByteTokenizer(), max_tokens=10**6)
     assert result.loss == pytest.approx(np.log(256)) and result.bytes == 3 * result.tokens / 4
     assert result.bits_per_byte == pytest.approx(8 * 4 / 3)
+
+
+def test_a_small_evaluation_is_spread_over_the_large_one(tmp_path):
+    trainer = make_trainer(tmp_path)
+    windows = trainer.windows
+    few = evaluate(trainer.model, windows, ByteTokenizer(), max_tokens=64, spread_over=32 * 8)
+    each = [
+        trainer.model.loss(*windows.take(np.array([i]))).cross_entropy.item()
+        for i in (0, 4)  # two windows of eight
+    ]
+    assert few.loss == pytest.approx(np.mean(each), rel=1e-5) and few.tokens == 64
+
+
+def test_a_sample_looks_no_further_back_than_training_did(finished, monkeypatch):
+    run = open_run(finished[2].path)
+    lengths = []
+
+    def generate(ids, max_new_tokens, **options):
+        lengths.append(ids.shape[1] + max_new_tokens)
+        return torch.cat([ids, torch.full((1, max_new_tokens), ord("x"))], 1)
+
+    monkeypatch.setattr(run.model, "generate", generate)
+    assert sample_text(run, "the " * 20, tokens=70) == "the " * 20 + "x" * 70
+    assert max(lengths) == run.config.data.sequence_length
+
+
+def test_a_held_out_excerpt_is_validation_text(finished):
+    run = open_run(finished[2].path)
+    excerpt = held_out_excerpt(run, tokens=500)
+    assert excerpt.encode() in bytes(load_tokens(run.config).validation) and excerpt.endswith("\n")
+    assert held_out_excerpt(run, tokens=3)
 
 
 def test_accumulation_changes_memory_and_not_the_step(tmp_path):

@@ -34,19 +34,34 @@ def activate(
     return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
 
 
-def activate_backward(
-    pre: Tensor, grad: Tensor, activation: Activation, interleaved: bool, limit: float, alpha: float
+def activate_into(
+    out: Tensor, pre: Tensor, activation: Activation, interleaved: bool, limit: float, alpha: float
 ) -> Tensor:
-    """Gradient of `activate` with respect to pre, given grad (... h) -> shape of pre."""
-    if activation == "relu2":
-        return 2 * F.relu(pre) * grad
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, pre)
+    """`activate` without autograd, written into out (... h)."""
+    if activation != "swiglu":
+        return out.copy_(activate(pre, activation, interleaved=interleaved, limit=limit, alpha=alpha))
     gate, up = split_gate(pre, interleaved)
-    grad_pre = torch.empty_like(pre)
+    return torch.ops.aten.silu.out(gate, out=out).mul_(up)
+
+
+def activate_backward_into(
+    grad_pre: Tensor,
+    pre: Tensor,
+    grad: Tensor,
+    activation: Activation,
+    interleaved: bool,
+    limit: float,
+    alpha: float,
+) -> Tensor:
+    """Gradient of `activate` with respect to pre, given grad (... h), written into grad_pre."""
+    if activation == "relu2":
+        return torch.mul(F.relu(pre), grad, out=grad_pre).mul_(2)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad_pre)
+    gate, up = split_gate(pre, interleaved)
     grad_gate, grad_up = split_gate(grad_pre, interleaved)
     if activation == "swiglu":
-        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
     elif activation == "geglu":
         torch.mul(F.gelu(gate), grad, out=grad_up)

@@ -87,4 +87,5 @@ def _threads(number: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork, and Windows has none
+    os.register_at_fork(after_in_child=_threads.cache_clear)

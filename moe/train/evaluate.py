@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moe.decoder import Decoder
 from moe.train.data import Windows
@@ -34,22 +35,25 @@ def evaluate(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
+    spread_over: int | None = None,
     batch: int = 16,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Measure the first `max_tokens` tokens, in their order, each window on its own.
+    """Measure `max_tokens` tokens, each window on its own: the first ones, or windows spread evenly over
+    the first `spread_over` tokens.
 
     The first token of a window is predicted from one token of context, so a longer sequence does better.
     """
-    count = min(len(windows), max(1, max_tokens // windows.sequence))
+    indices = _spread(_count(windows, max_tokens), _count(windows, spread_over or max_tokens))
+    count = len(indices)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     nats, size = 0.0, 0
     with torch.inference_mode(), autocast(device, dtype):
         for start in range(0, count, batch):
-            ids, targets = windows.take(np.arange(start, min(start + batch, count)))
+            ids, targets = windows.take(indices[start : start + batch])
             loss = model.loss(ids.to(device), targets.to(device)).cross_entropy
             nats += loss.item() * targets.numel()
             size += int(tokenizer.token_bytes[targets.numpy()].sum())
@@ -61,7 +65,7 @@ def evaluate(
 
 def evaluated_text(windows: Windows, tokenizer: Tokenizer, max_tokens: int) -> bytes:
     """The bytes that `evaluate` predicts, without ends of text."""
-    count = min(len(windows), max(1, max_tokens // windows.sequence))
+    count = _count(windows, max_tokens)
     return tokenizer.decode(windows.tokens[1 : count * windows.sequence + 1].tolist())
 
 
@@ -72,3 +76,13 @@ def compressors(text: bytes) -> dict[str, float]:
         "xz": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
     }
     return {name: 8 * size / max(len(text), 1) for name, size in sizes.items()}
+
+
+def _count(windows: Windows, tokens: int) -> int:
+    return min(len(windows), max(1, tokens // windows.sequence))
+
+
+def _spread(count: int, total: int) -> NDArray[np.int64]:
+    """`count` different numbers of range(total), evenly apart; all of them when there are no more."""
+    count = min(count, total)
+    return np.arange(count, dtype=np.int64) * total // count

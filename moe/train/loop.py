@@ -173,6 +173,7 @@ class Loop:
             self.validation,
             self.tokenizer,
             max_tokens=self.settings.eval_tokens,
+            spread_over=self.settings.final_eval_tokens,
             dtype=self.trainer.dtype,
         )
         progress = self.trainer.progress

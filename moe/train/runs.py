@@ -80,17 +80,37 @@ def sample_text(
     temperature: float = 0.8,
     top_p: float = 0.95,
 ) -> str:
-    """Text that continues the prompt (included); without one, a document from its beginning."""
-    start = run.tokenizer.encode(prompt.encode("utf-8")).tolist() or [run.tokenizer.end_of_text]
+    """Text that continues the prompt (included); without one, a document from its beginning.
+
+    The model never looks further back than the length that it was trained on: when that is full, it goes
+    on from the last half of it.
+    """
+    tokenizer, length = run.tokenizer, run.config.data.sequence_length
+    start = tokenizer.encode(prompt.encode("utf-8")).tolist() or [tokenizer.end_of_text]
     device = next(run.model.parameters()).device
     dtype = choose_precision(run.config.train, device)
-    with torch.inference_mode(), autocast(device, dtype):
-        ids = run.model.generate(
-            torch.tensor([start], device=device),
-            max_new_tokens=tokens,
-            temperature=temperature,
-            top_p=top_p,
-            stop=[run.tokenizer.end_of_text],
-            seed=seed,
-        )
-    return run.tokenizer.decode(ids[0].tolist()).decode("utf-8", errors="replace")
+    ids = list(start)
+    while (left := len(start) + tokens - len(ids)) > 0:
+        context = ids[-max(length // 2, 1) :]
+        with autocast(device, dtype):
+            text = run.model.generate(
+                torch.tensor([context], device=device),
+                max_new_tokens=min(left, max(length - len(context), 1)),
+                temperature=temperature,
+                top_p=top_p,
+                stop=tokenizer.end_of_text,
+                seed=seed + len(ids),
+            )
+        ids += text[0, len(context) :].tolist()
+        if ids[-1] == tokenizer.end_of_text:
+            break
+    return tokenizer.decode(ids).decode("utf-8", errors="replace")
+
+
+def held_out_excerpt(run: Run, tokens: int = 160) -> str:
+    """Text from the middle of the validation split, whole lines where they are short: a prompt never seen."""
+    validation = load_tokens(run.config, tokenizer=run.tokenizer).validation
+    middle = len(validation) // 2
+    text = run.tokenizer.decode(validation[middle : middle + tokens].tolist()).decode("utf-8", "ignore")
+    first, last = text.find("\n") + 1, text.rfind("\n") + 1
+    return text[first:last] or text[first:]

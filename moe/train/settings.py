@@ -107,8 +107,8 @@ class TrainConfig:
     backend: Backend = "auto"
     log_every: int = 20
     eval_every: int = 200  # 0: only at the end
-    eval_tokens: int = 32_768  # of the validation split, at each eval_every
-    final_eval_tokens: int = 1_048_576
+    eval_tokens: int = 32_768  # at each eval_every, spread evenly over the final ones
+    final_eval_tokens: int = 1_048_576  # the first of the validation split, at the end
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     tensorboard: bool = True  # when it is installed

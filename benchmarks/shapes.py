@@ -1,0 +1,61 @@
+"""Named layer sizes, and how much arithmetic they are."""
+
+from dataclasses import dataclass, replace
+
+from moe.config import MoEConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one MoE layer with SwiGLU experts: d model width, h expert width, e experts, k choices."""
+
+    d: int
+    h: int
+    e: int
+    k: int
+
+    def with_experts(self, experts: int) -> "Shape":
+        """The same layer with another number of experts: total parameters change, active ones stay."""
+        return replace(self, e=experts)
+
+    def config(self) -> MoEConfig:
+        """The layer behind a softmax router; its bias is what skews the load (benchmarks/candidates.py)."""
+        return MoEConfig(
+            hidden_size=self.d,
+            moe_intermediate_size=self.h,
+            num_experts=self.e,
+            num_experts_per_tok=self.k,
+            router_bias=True,
+        )
+
+    @property
+    def dense_width(self) -> int:
+        """Width of the dense feed-forward of equal active FLOPs."""
+        return self.k * self.h
+
+    @property
+    def expert_numbers(self) -> int:
+        """Weights of one expert: gate, up and down."""
+        return 3 * self.d * self.h
+
+
+# Sizes of published models. Their routers differ; the experts' arithmetic does not, but for gpt-oss's biases.
+SHAPES = {
+    "cpu_small": Shape(d=512, h=256, e=16, k=4),
+    "olmoe": Shape(d=2048, h=1024, e=64, k=8),
+    "qwen3_30b": Shape(d=2048, h=768, e=128, k=8),
+    "gpt_oss_20b": Shape(d=2880, h=2880, e=32, k=4),
+    "mixtral": Shape(d=4096, h=14336, e=8, k=2),
+    "deepseek_v3": Shape(d=7168, h=2048, e=256, k=8),
+}
+
+
+def experts_flops(pairs: int, d: int, h: int, *, backward: bool = False) -> float:
+    """Floating-point operations of SwiGLU experts over p pairs: 6 p d h forward, 3 times that with backward.
+
+    A pair meets three matrices of d h weights (gate, up, down), each a multiplication and an addition:
+    2 * 3 d h. The backward pass takes two products for each one of the forward pass: one for the gradient of
+    the input, one for the gradient of the weight. The activation, the weighted sum and the router (2 t d e)
+    are left out. The dense layer of width k h does the same number over its t tokens: 6 t d (k h).
+    """
+    return 6.0 * pairs * d * h * (3 if backward else 1)
