@@ -19,7 +19,7 @@ from moe.routing import Router, Routing
 class MoEOutput:
     """What a layer computed. Losses and logs are the caller's.
 
-    y        shape and dtype of the input
+    y        shape and dtype of the input (under autocast, its dtype)
     routing  what the router decided, before any capacity
     plan     what ran: pairs over capacity and padding are not in it
     """

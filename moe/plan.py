@@ -1,6 +1,7 @@
 """Which pair runs where: the integers that every operation shares."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from einops import rearrange
@@ -66,7 +67,12 @@ def drop_over_capacity(
 
     policy  "score": the pairs with the largest weights stay (ties: the earlier token).
             "position": the first pairs in token order stay. Causal; "score" looks at later tokens.
+
+    Raises:
+        ValueError: an unknown policy.
     """
+    if policy not in get_args(CapacityPolicy):
+        raise ValueError(f"policy={policy!r} must be one of {list(get_args(CapacityPolicy))}.")
     if policy == "score":
         order = torch.sort(rearrange(weights.detach(), "t k -> (t k)"), descending=True, stable=True).indices
     else:

@@ -90,7 +90,7 @@ def forward(
             a = activate_into(scratch("a", len(tokens), down.shape[2]), hidden, *nonlinearity)
             outputs = _multiply(
                 a, down.mT, down_bias, block, out=own
-            )  # the gathered rows have done their work
+            )  # over the gathered rows, now done with
             y.index_add_(0, tokens, outputs.to(y.dtype).mul_(scale[rows]))
 
     return sum_over_shares(add_outputs, split_experts(bounds, x.device), lambda: _zeros(x)).to(x.dtype)

@@ -76,6 +76,7 @@ def _threads(number: int) -> ThreadPoolExecutor:
     barrier = Barrier(number + 1)
 
     def use_one_core() -> None:
+        torch.get_num_threads()  # a thread takes torch's default on first use, which would undo the next line
         torch.set_num_threads(1)
         barrier.wait()
 
