@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 from benchmarks.candidates import DENSE, HF_GROUPED, OURS
+from benchmarks.record import FULL, QUICK
 
+SHAPE, DTYPE = "cpu_small", "float32"
 TOKENS = 2048
 # experts, backward -> most that our layer may take, as a multiple of the dense layer of equal active FLOPs
 DENSE_GOALS = {(16, False): 1.25, (256, False): 1.8, (16, True): 1.4, (256, True): 2.5}
@@ -15,7 +17,13 @@ IMPORT_GOAL = 2.0  # import moe, as a multiple of import torch
 
 
 def judge(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each goal: what it asks, what was measured, whether it is met (None: not measured in this run)."""
+    """Each goal: what it asks, what was measured, whether it is met (None: not measured in this run).
+
+    No goals but for SHAPE in DTYPE on a CPU.
+    """
+    settings = record["settings"]
+    if (settings["shape"], settings["dtype"], record["environment"]["device"]) != (SHAPE, DTYPE, "cpu"):
+        return []
     return [
         *(_against_dense(record, TOKENS, e, backward, goal) for (e, backward), goal in DENSE_GOALS.items()),
         _against_dense(record, 1, 256, False, DECODE_GOAL),
@@ -66,8 +74,9 @@ def _against_dense(
 def _never_slower(record: dict[str, Any]) -> dict[str, Any]:
     ratios = [(value, r["cell"]) for r in record["results"] if (value := ratio(r, OURS, HF_GROUPED))]
     worst, cell = max(ratios, key=lambda pair: pair[0], default=(None, None))
-    where = "" if cell is None else f" x at worst ({describe(cell)})"
-    text = f"never slower than transformers' grouped_mm: at most {NEVER_SLOWER} x at every size"
+    where = "" if cell is None else f" x at worst of {len(ratios)} sizes ({describe(cell)})"
+    rule = f"at most {NEVER_SLOWER} x at each of the {_sizes(record)}"
+    text = f"never slower than transformers' grouped_mm: {rule}"
     return _verdict(text, worst, lambda value: value <= NEVER_SLOWER, where)
 
 
@@ -77,9 +86,14 @@ def _mean_speedup(record: dict[str, Any]) -> dict[str, Any]:
     ]
     mean = math.exp(sum(map(math.log, speedups)) / len(speedups)) if speedups else None
     text = (
-        f"forward + backward at least {MEAN_SPEEDUP} x faster than transformers' grouped_mm (geometric mean)"
+        f"forward + backward at least {MEAN_SPEEDUP} x faster than transformers' grouped_mm "
+        f"(geometric mean of the {_sizes(record)})"
     )
     return _verdict(text, mean, lambda value: value >= MEAN_SPEEDUP, f" x over {len(speedups)} sizes")
+
+
+def _sizes(record: dict[str, Any]) -> str:
+    return {FULL: "sizes", QUICK: "quick sizes"}.get(record["mode"], "selected sizes")
 
 
 def _imports(record: dict[str, Any]) -> dict[str, Any]:

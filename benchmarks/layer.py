@@ -3,7 +3,8 @@
     python -m benchmarks.layer             all sizes: about 8 minutes on 2 cores
     python -m benchmarks.layer --quick     the sizes of the goals: about 90 seconds
 
-Prints Markdown tables and whether each speed goal is met, and writes benchmarks/results/layer_*.json.
+Prints Markdown tables and whether each speed goal is met, and writes benchmarks/results/layer_*.json; with
+--quick layer_quick_*.json, with any other selection layer_partial_*.json.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from benchmarks.measure import (
     peak_bytes,
     time_in_turns,
 )
-from benchmarks.record import environment, save
+from benchmarks.record import FULL, environment, kind_of, save
 from benchmarks.shapes import SHAPES, Shape, experts_flops
 from moe.losses import max_violation
 from moe.train.device import choose_device
@@ -164,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     record: dict[str, Any] = {
         "benchmark": "layer",
+        "mode": options.kind,
         "environment": environment(device),
         "settings": {"shape": options.shape, "dtype": options.dtype, **asdict(shape)},
         "gemm_flops_per_second": gemm_flops_per_second(device, getattr(torch, options.dtype)),
@@ -175,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record["goals"] = judge(record)
     print(layer_tables.render(record))
     if not options.no_save:
-        print(f"\nwritten: {save('layer', record, options.results)}")
+        name = "layer" if options.kind == FULL else f"layer_{options.kind}"
+        print(f"\nwritten: {save(name, record, options.results)}")
     return 0
 
 
@@ -195,6 +198,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of the JSON file")
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args(argv)
+    options.kind = kind_of(parser, options, quick=options.quick)
     options.tokens = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
     options.experts = options.experts or (QUICK_EXPERTS if options.quick else EXPERTS)
     options.seconds = options.seconds or (1.0 if options.quick else 2.0)

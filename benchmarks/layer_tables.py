@@ -6,6 +6,7 @@ from benchmarks.candidates import DENSE, HF_GROUPED, OURS
 from benchmarks.goals import describe, ratio
 from benchmarks.measure import Timing, digits
 from benchmarks.record import headline, table
+from moe import doctor
 
 ABSENT = "-"
 
@@ -75,10 +76,12 @@ def _skipped(results: list[dict[str, Any]]) -> str:
 
 
 def goals_table(record: dict[str, Any]) -> str:
-    """Each goal with what was measured and whether it is met."""
+    """Each goal with what was measured and whether it is met; nothing where there are none."""
+    if not record["goals"]:
+        return ""
     words = {True: "met", False: "**NOT met**", None: "not measured"}
-    rows = [[goal["goal"], _measured(goal), words[goal["met"]]] for goal in record["goals"]]
-    return "**Goals**\n\n" + table(["goal", "measured", ""], rows)
+    rows = [(goal["goal"], _measured(goal), words[goal["met"]]) for goal in record["goals"]]
+    return "\n".join(["**Goals**", "", *doctor.table(("goal", "measured", ""), rows)])
 
 
 def _measured(goal: dict[str, Any]) -> str:

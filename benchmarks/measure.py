@@ -61,8 +61,20 @@ def time_in_turns(
     """Time all candidates round by round.
 
     One that is slow (SLOW_RUN_S, SLOW_RATIO) in its warm-up and again in its next run keeps that run as its
-    only one. The garbage collector runs between rounds and is off inside them.
+    only one. The garbage collector runs between rounds and is off inside them; it is spared what is there
+    before the first one.
     """
+    gc.collect()
+    gc.freeze()
+    try:
+        return _time_in_turns(candidates, device, budget)
+    finally:
+        gc.unfreeze()
+
+
+def _time_in_turns(
+    candidates: Mapping[str, Prepare], device: torch.device, budget: Budget
+) -> dict[str, Timing]:
     first = {name: _timed(prepare(0), device) for name, prepare in candidates.items()}
     again = {name: _timed(candidates[name](1), device) for name in _slow(first, first)}
     slow = _slow(again, first)
@@ -126,14 +138,16 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        return None
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident_bytes("VmRSS")
-        work()
-        return max(0, _resident_bytes("VmHWM") - before)
-    except (OSError, AttributeError):  # not Linux, not glibc, or a sandbox that forbids it
+    except (OSError, AttributeError):  # a sandbox that forbids it, or not glibc
         return None
+    work()
+    return max(0, _resident_bytes("VmHWM") - before)
 
 
 def _resident_bytes(field: str) -> int:

@@ -5,16 +5,21 @@ import os
 import platform
 import re
 import subprocess
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "numpy")
+from moe import doctor
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("triton", "transformers", "numpy")
+FULL, QUICK, PARTIAL = "full", "quick", "partial"
+NOT_A_SELECTION = ("quick", "full", "device", "jobs", "store", "results", "no_save")
 
 
 def hardware(device: torch.device) -> str:
@@ -25,15 +30,12 @@ def hardware(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, threads, versions, commit ("+dirty" when the working tree differs from it) and date."""
-    return {
-        "device": device.type,
+    """What `moe.doctor` says, and hardware, commit ("+dirty" when the working tree differs from it), date."""
+    facts = doctor.environment(device)
+    return facts | {
         "hardware": hardware(device),
         "cores": _cores(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: _installed(name) for name in PACKAGES},
+        "versions": {"torch": facts["torch"], **{name: facts["packages"][name] for name in PACKAGES}},
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -48,23 +50,37 @@ def headline(facts: dict[str, Any]) -> str:
     )
 
 
-def commit() -> str:
-    """The short commit of this checkout, or "unknown" outside one."""
-    here = Path(__file__).parent
+def commit(root: Path = ROOT) -> str:
+    """The short commit of this checkout, or "unknown" outside one. Results do not make it dirty."""
     try:
-        name = _git("rev-parse", "--short", "HEAD", cwd=here)
-        changes = _git("status", "--porcelain", "--", ":!results", cwd=here.parent)
+        name = _git("rev-parse", "--short", "HEAD", cwd=root)
+        changes = _git("status", "--porcelain", "--", ":!benchmarks/results", cwd=root)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{name}+dirty" if changes else name
 
 
+def kind_of(parser: ArgumentParser, options: Namespace, *, quick: bool) -> str:
+    """Full or quick when every option that selects what is measured has its default, else partial."""
+    chosen = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    if chosen - {*NOT_A_SELECTION}:
+        return PARTIAL
+    return QUICK if quick else FULL
+
+
 def save(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write `result`, which holds its "environment", as NAME_HARDWARE_DATE.json and say where."""
+    """Write `result`, which holds its "environment", as NAME_HARDWARE_DATE.json and say where.
+
+    The same measurement of the same day is replaced. Partial ones differ from each other: they are numbered.
+    """
     facts = result["environment"]
     folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_{slug(facts['hardware'])}_{facts['date']}.json"
+    stem = f"{name}_{slug(facts['hardware'])}_{facts['date']}"
+    path, number = folder / f"{stem}.json", 1
+    while name.endswith(f"_{PARTIAL}") and path.exists():
+        number += 1
+        path = folder / f"{stem}_{number}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -75,7 +91,7 @@ def slug(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column stands left, the others right."""
+    """A Markdown table of numbers: the first column stands left, the others right."""
     rows = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
@@ -101,10 +117,3 @@ def _processor() -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling            quick: under 10 minutes on 2 cores
     python -m benchmarks.scaling --full     5 paired seeds: under an hour on 2 cores
 
-Prints Markdown tables, writes benchmarks/results/scaling_*.json and two figures beside it. A run that was
-interrupted goes on where it stopped.
+Prints Markdown tables, writes benchmarks/results/scaling_full_*.json (or _quick_; _partial_ with any other
+selection) and two figures beside it. A run that was interrupted goes on where it stopped.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import scaling_tables
-from benchmarks.record import environment, save
+from benchmarks.record import environment, kind_of, save
 from benchmarks.scaling_cost import CostSetting, measure_cost, quick
 from benchmarks.scaling_learning import LearningSetting, learn
 from moe.train.device import choose_device
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    record: dict[str, Any] = {"benchmark": "scaling", "mode": "full" if options.full else "quick"}
+    record: dict[str, Any] = {"benchmark": "scaling", "mode": options.kind}
     record["environment"] = environment(device)
     if not options.learning_only:
         record["cost"] = measure_cost(cost_setting(options), device, log)
@@ -103,7 +103,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of the JSON file and the figures")
     parser.add_argument("--set", default="{}", help="JSON of further changes to LearningSetting")
     parser.add_argument("--set-cost", default="{}", help="JSON of changes to CostSetting")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.kind = kind_of(parser, options, quick=not options.full)
+    return options
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks.measure import digits
 from benchmarks.record import headline
 from benchmarks.scaling_learning import DENSE
 from benchmarks.scaling_verdicts import compared, losses, sparse_arms
@@ -20,6 +21,7 @@ from benchmarks.scaling_verdicts import compared, losses, sparse_arms
 BLUE, ORANGE, GREEN, GREY = "#2b5c8a", "#d1662a", "#3c7a4e", "#8a8a8a"
 STYLE: dict[Any, Any] = {
     "font.size": 11,
+    "axes.titlesize": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -29,7 +31,7 @@ STYLE: dict[Any, Any] = {
 MODES = {
     "forward": ("forward", BLUE),
     "forward_backward": ("forward + backward", ORANGE),
-    "decode": ("decoding, one token at a time", GREEN),
+    "decode": ("decode one token", GREEN),
 }
 
 
@@ -72,7 +74,7 @@ def _draw_times(axes: Axes, models: list[dict[str, Any]], dense: dict[str, Any])
         unit = dense["timings"][mode]["ms"]
         levels = [[model["timings"][mode][q] / unit for model in measured] for q in ("p20", "ms", "p80")]
         experts = [model["experts"] for model in measured]
-        axes.plot(experts, levels[1], "o-", color=color, label=words)
+        axes.plot(experts, levels[1], "o-", color=color, label=f"{words} (dense: {digits(unit)} ms)")
         axes.fill_between(experts, levels[0], levels[2], color=color, alpha=0.15, linewidth=0)
     totals = [model["total"] / dense["total"] for model in models]
     axes.plot([model["experts"] for model in models], totals, ":", color=GREY, label="total parameters")
@@ -88,7 +90,7 @@ def _draw_times(axes: Axes, models: list[dict[str, Any]], dense: dict[str, Any])
     axes.set_ylabel("multiple of the dense decoder")
     _experts_axis(axes, [model["experts"] for model in models])
     axes.set_title("Time of a token (band: p20 to p80)")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", fontsize=10)
 
 
 def _experts_axis(axes: Axes, experts: list[int]) -> None:
@@ -135,24 +137,18 @@ def _draw_losses(axes: Axes, learning: dict[str, Any]) -> None:
     )
     for seed in by_arm[DENSE]:
         paired = [arm for arm in claimed if seed in by_arm[arm]]
-        axes.plot(
-            [totals[a] for a in paired],
-            [by_arm[a][seed] for a in paired],
-            "-",
-            color=BLUE,
-            alpha=0.2,
-            linewidth=1,
-        )
+        by_seed = [by_arm[arm][seed] for arm in paired]
+        axes.plot([totals[arm] for arm in paired], by_seed, "-", color=BLUE, alpha=0.2, linewidth=1)
     for arm, by_seed in by_arm.items():
-        color = BLUE if arm in claimed else GREY
-        marker = "o" if arm in claimed else "s"
-        axes.plot(
-            [totals[arm]] * len(by_seed), list(by_seed.values()), marker, color=color, alpha=0.6, markersize=5
-        )
-        axes.annotate(
-            arm, (totals[arm], min(by_seed.values())), xytext=(0, -14), textcoords="offset points",
-            ha="center", fontsize=9, color=color,
-        )  # fmt: skip
+        color, marker = _look(learning, arm)
+        seeds = [totals[arm]] * len(by_seed), list(by_seed.values())
+        label = None if arm in claimed else arm
+        axes.plot(*seeds, marker, color=color, alpha=0.7, markersize=5, label=label)
+        if arm in claimed:
+            axes.annotate(
+                arm, (totals[arm], max(by_seed.values())), xytext=(0, 8), textcoords="offset points",
+                ha="center", fontsize=9, color=color,
+            )  # fmt: skip
     axes.set_xscale("log")
     _plain_log(axes.xaxis)
     axes.margins(x=0.14, y=0.2)
@@ -162,16 +158,23 @@ def _draw_losses(axes: Axes, learning: dict[str, Any]) -> None:
     axes.legend(loc="upper right", fontsize=9)
 
 
+def _look(learning: dict[str, Any], arm: str) -> tuple[str, str]:
+    """Colour and marker: circles for the claim, squares for the larger dense decoder, triangles for e = k."""
+    if arm in (DENSE, *sparse_arms(learning)):
+        return BLUE, "o"
+    return (GREY, "^") if learning["arms"][arm]["experts"] else (ORANGE, "s")
+
+
 def _draw_differences(axes: Axes, learning: dict[str, Any]) -> None:
     by_arm, pairs = losses(learning), compared(learning)
     arms = [arm for arm in by_arm if arm != DENSE]
     for place, arm in enumerate(arms):
         differences = [loss - by_arm[DENSE][seed] for seed, loss in by_arm[arm].items()]
-        color = BLUE if arm in sparse_arms(learning) else GREY
+        color, marker = _look(learning, arm)
         spread = [place + 0.04 * (i - (len(differences) - 1) / 2) for i in range(len(differences))]
-        axes.plot(spread, differences, "o", color=color, alpha=0.6, markersize=5)
+        axes.plot(spread, differences, marker, color=color, alpha=0.7, markersize=5)
         if arm in pairs:
-            half = pairs[arm]["half_width"]
+            half = pairs[arm]["half_width"] if pairs[arm]["pairs"] > 2 else None
             axes.errorbar(
                 place + 0.25, -pairs[arm]["mean"], yerr=half, fmt="_", color=color, capsize=4, markersize=12
             )
@@ -179,4 +182,4 @@ def _draw_differences(axes: Axes, learning: dict[str, Any]) -> None:
     axes.set_xticks(range(len(arms)), labels=[arm.replace(", ", ",\n") for arm in arms], fontsize=9)
     axes.set_xlim(-0.5, len(arms) - 0.3)
     axes.set_ylabel("loss - dense loss of the same seed, nats a byte")
-    axes.set_title("Paired differences (bar: mean, 95 % interval)")
+    axes.set_title("Paired differences (bar: mean, 95 % from 3 pairs up)")

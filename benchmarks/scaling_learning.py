@@ -4,13 +4,12 @@ An arm is a decoder; a run is an arm and a seed. All runs of a seed see the same
 start from the same attention, norms and embedding. Finished runs are kept: an interrupted benchmark goes on.
 """
 
-import hashlib
-import json
+import functools
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ import torch
 
 import moe
 from benchmarks.record import commit
+from benchmarks.scaling_store import Run, append_store, default_store, read_store
 from moe.config import DecoderConfig
 from moe.decoder import Decoder
 from moe.parameters import count_parameters, flops_per_token
 from moe.train.data import Windows
 from moe.train.evaluate import evaluate
 from moe.train.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
-from moe.train.tokens import cache_folder, load_tokens
+from moe.train.tokens import load_tokens
 from moe.train.trainer import Trainer
 
 DENSE = "dense"
@@ -119,25 +119,9 @@ class LearningSetting:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What one run gave. Losses are nats a byte; `cpu_seconds` is what it would take alone on a core."""
-
-    arm: str
-    seed: int
-    validation_loss: float
-    training_loss: float
-    validation_tokens: int
-    seconds: float
-    cpu_seconds: float
-    tokens: int
-    max_violation: list[float]
-    dead_experts: int
-    commit: str
-
-
 def train_run(setting: LearningSetting, arm: str, seed: int) -> Run:
     """Train one arm from one seed and measure it on the held-out files."""
+    loaded = _loaded_commit()
     torch.set_num_threads(setting.threads)
     config = setting.run_config(arm, seed)
     corpus = load_tokens(config)
@@ -167,8 +151,14 @@ def train_run(setting: LearningSetting, arm: str, seed: int) -> Run:
         tokens=setting.steps * setting.batch * setting.sequence,
         max_violation=last["max_violation"],
         dead_experts=last["dead"],
-        commit=commit(),
+        commit=loaded,
     )
+
+
+@functools.cache
+def _loaded_commit() -> str:
+    """The commit when this process began its first run: later changes of the files are not in its memory."""
+    return commit()
 
 
 @torch.no_grad()
@@ -184,9 +174,13 @@ def share_initial_weights(model: Decoder, dense: DecoderConfig, seed: int) -> No
 def learn(
     setting: LearningSetting, jobs: int, store: Path | None, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All runs that are not in the store yet, `jobs` at a time, each in a process of its own."""
+    """All runs that are not in the store yet, `jobs` at a time, each in a process of its own.
+
+    A store that is named is accepted as it is; the tables say of which commits its runs are.
+    """
     corpus = load_tokens(setting.run_config(DENSE, 0), log=log)
-    path = store or default_store(setting, corpus.manifest["digest"])
+    shared = asdict(replace(setting, seeds=0, seeds_of_extra_arms=0))
+    path = store or default_store(shared, corpus.manifest["digest"], sources())
     done = read_store(path)
     todo = [run for run in setting.runs() if run not in done]
     log(f"learning: {len(setting.runs())} runs, {len(setting.runs()) - len(todo)} of them kept in {path}")
@@ -210,16 +204,34 @@ def learn(
     }
 
 
+def sources() -> list[Path]:
+    """What decides the outcome of a run: the library, and the arms and their initialisation in this file."""
+    return [*sorted(Path(moe.__file__).parent.rglob("*.py")), Path(__file__)]
+
+
 def _train_all(setting: LearningSetting, todo: list[tuple[str, int]], jobs: int) -> Iterable[Run]:
-    """In this process when one job is asked for."""
+    """In this process when one job is asked for.
+
+    When a run fails, no other is begun and those under way are finished and kept; then its error is raised.
+    """
     if jobs == 1:
         yield from (train_run(setting, *run) for run in todo)
         return
     os.environ["OMP_NUM_THREADS"] = str(setting.threads)  # read when a child loads torch
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(train_run, setting, *run) for run in todo]
-        yield from (future.result() for future in as_completed(futures))
+    pool, failed = ProcessPoolExecutor(jobs, mp_context=context), None
+    try:
+        pending = {pool.submit(train_run, setting, *run) for run in todo}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done if future.exception() is None)
+            failed = failed or next((error for future in done if (error := future.exception())), None)
+            if failed:
+                pending = {future for future in pending if not future.cancel()}
+    finally:  # also after Ctrl-C
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failed:
+        raise failed
 
 
 def _arm_facts(config: DecoderConfig, setting: LearningSetting) -> dict[str, Any]:
@@ -228,34 +240,3 @@ def _arm_facts(config: DecoderConfig, setting: LearningSetting) -> dict[str, Any
         "experts": config.num_experts,
         "forward_flops_per_token": flops,
     }
-
-
-def default_store(setting: LearningSetting, digest: str) -> Path:
-    """Under the user's cache folder; another setting, corpus, torch or library source has another file."""
-    source = hashlib.sha256()
-    for file in sorted(Path(moe.__file__).parent.rglob("*.py")):
-        source.update(file.read_bytes())
-    shared = asdict(replace(setting, seeds=0, seeds_of_extra_arms=0))
-    identity = json.dumps([shared, digest, torch.__version__, source.hexdigest()])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return cache_folder(None) / "benchmarks" / f"scaling-{key}.jsonl"
-
-
-def read_store(path: Path) -> dict[tuple[str, int], Run]:
-    """The finished runs; a last line that was cut off is not one."""
-    runs: dict[tuple[str, int], Run] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            run = Run(**json.loads(line))
-        except ValueError:
-            continue
-        runs[run.arm, run.seed] = run
-    return runs
-
-
-def append_store(path: Path, run: Run) -> None:
-    """Keep one finished run, on a line of its own whatever came before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut_off else "") + json.dumps(asdict(run)) + "\n")

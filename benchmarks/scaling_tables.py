@@ -6,10 +6,12 @@ from typing import Any
 from benchmarks.measure import Timing, digits
 from benchmarks.record import headline, table
 from benchmarks.scaling_learning import DENSE
-from benchmarks.scaling_verdicts import compared, judge, losses
+from benchmarks.scaling_verdicts import PILOT_SEEDS, compared, judge, losses
+from moe import doctor
 from moe.train.metrics import count
 
 ABSENT = "-"
+PAIR_HEAD = ["mean ± 95 %", "sd of differences", "t", "one-sided p", "pairs"]
 
 
 def render(record: dict[str, Any]) -> str:
@@ -19,7 +21,7 @@ def render(record: dict[str, Any]) -> str:
         parts += [cost_table(record["cost"])]
     if record.get("learning"):
         parts += [
-            learning_head(record["learning"]),
+            learning_head(record["learning"]) + commits_of(record),
             learning_table(record["learning"]),
             paired_table(record["learning"]),
         ]
@@ -78,6 +80,14 @@ def learning_head(learning: dict[str, Any]) -> str:
     )
 
 
+def commits_of(record: dict[str, Any]) -> str:
+    """The commits of the runs, when they differ from the one over the tables."""
+    commits = sorted({run["commit"] for run in record["learning"]["runs"]})
+    if commits == [record["environment"]["commit"]]:
+        return ""
+    return f"; the runs are of commits {', '.join(commits)}"
+
+
 def learning_table(learning: dict[str, Any]) -> str:
     """One row an arm: size, loss, balance, cost."""
     head = ["arm", "total", "active*", "router", "loss", "sd", "val - train", "MaxVio", "dead"]
@@ -118,29 +128,31 @@ def _arm_row(learning: dict[str, Any], arm: str) -> list[str]:
 def paired_table(learning: dict[str, Any]) -> str:
     """Each arm against dense, seed by seed."""
     by_arm = losses(learning)
-    head = ["arm - dense", "mean ± 95 %", "sd of differences", "t", "one-sided p", "by seed"]
     rows = []
     for arm, pair in compared(learning).items():
         each = [by_arm[arm][s] - by_arm[DENSE][s] for s in sorted(by_arm[arm])]
-        mean = f"{-pair['mean']:+.4f} ± {pair['half_width']:.4f}"
-        rows.append(
-            [
-                arm,
-                mean,
-                f"{pair['sigma']:.4f}",
-                f"{pair['t']:.1f}",
-                f"{pair['p']:.1e}",
-                " ".join(f"{d:+.4f}" for d in each),
-            ]
-        )
-    return (
-        f"Paired differences in nats a byte; below zero is better than dense.\n\n{table(head, rows)}"
-        if rows
-        else ""
-    )
+        rows.append([arm, *_pair_cells(pair), " ".join(f"{d:+.4f}" for d in each)])
+    if not rows:
+        return ""
+    head = ["arm - dense", *PAIR_HEAD, "by seed"]
+    return f"Paired differences in nats a byte; below zero is better than dense.\n\n{table(head, rows)}"
 
 
 def verdict_table(learning: dict[str, Any]) -> str:
-    """Each rule and whether it holds; a failure is printed as one."""
-    rows = [[v["rule"], v["seen"], "passed" if v["holds"] else "**FAILED**"] for v in judge(learning)]
-    return table(["rule", "seen", ""], rows)
+    """Each rule and whether it holds; a failure is printed as one. Then pairs without the pilots' seeds."""
+    rows = [(v["rule"], v["seen"], "passed" if v["holds"] else "**FAILED**") for v in judge(learning)]
+    text = "\n".join(doctor.table(("rule", "seen", ""), rows))
+    fresh = [[arm, *_pair_cells(pair)] for arm, pair in compared(learning, without=PILOT_SEEDS).items()]
+    if not fresh:
+        return text
+    seeds = ", ".join(map(str, PILOT_SEEDS))
+    return (
+        f"{text}\n\nWithout seed {seeds}, on which pilots had chosen the settings:\n\n"
+        f"{table(['arm - dense', *PAIR_HEAD], fresh)}"
+    )
+
+
+def _pair_cells(pair: dict[str, float]) -> list[str]:
+    """The columns of PAIR_HEAD."""
+    mean = f"{-pair['mean']:+.4f} ± {pair['half_width']:.4f}"
+    return [mean, f"{pair['sigma']:.4f}", f"{pair['t']:.1f}", f"{pair['p']:.1e}", str(pair["pairs"])]

@@ -1,6 +1,8 @@
 """The tables of the committed results, from their JSON alone: nothing is measured again.
 
-python -m benchmarks.tables            print the newest result of every benchmark
+Shown are full measurements, the newest of every hardware; where a benchmark has none, the quick ones.
+
+python -m benchmarks.tables            print them
 python -m benchmarks.tables --write    put them into benchmarks/README.md, between their marks
 """
 
@@ -13,28 +15,41 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import layer_tables, scaling_tables
-from benchmarks.record import RESULTS
+from benchmarks.record import FULL, RESULTS
 
 README = Path(__file__).parent / "README.md"
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_tables.render,
     "scaling_full": scaling_tables.render,
-    "scaling_quick": scaling_tables.render,
 }
+FALLBACK = {"layer": "layer_quick", "scaling_full": "scaling_quick"}
+QUICK_NOTE = " **Quick settings: few sizes or seeds; a full measurement has not been made yet.**"
 
 
-def newest(name: str, folder: Path) -> Path | None:
-    """The result of this benchmark with the latest date, or None."""
-    return max(folder.glob(f"{name}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[1], default=None)
+def newest(name: str, folder: Path) -> list[Path]:
+    """NAME_HARDWARE_DATE.json with the latest date, one of every hardware."""
+    pattern = re.compile(rf"{name}_([^_]+)_\d{{4}}-\d\d-\d\d\.json")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):  # of one hardware by date: a later one replaces
+        if match := pattern.fullmatch(path.name):
+            found[match[1]] = path
+    return list(found.values())
 
 
 def render(path: Path, name: str) -> str:
     """The tables of one result, with the file and the figures they come from."""
     record = json.loads(path.read_text(encoding="utf-8"))
     figures = sorted(path.parent.glob(f"{path.stem}_*.png"))
-    parts = [f"From `results/{path.name}`.", RENDER[name](record)]
+    note = "" if record["mode"] == FULL else QUICK_NOTE
+    parts = [f"From `results/{path.name}`.{note}", RENDER[name](record)]
     parts += [f"![{figure.stem.rsplit('_', 1)[1]}](results/{figure.name})" for figure in figures]
     return "\n\n".join(parts)
+
+
+def render_newest(folder: Path) -> dict[str, str]:
+    """The tables of every benchmark that has results."""
+    found = {name: newest(name, folder) or newest(FALLBACK[name], folder) for name in RENDER}
+    return {name: "\n\n".join(render(path, name) for path in paths) for name, paths in found.items() if paths}
 
 
 def fill(text: str, rendered: dict[str, str]) -> str:
@@ -52,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(argv)
-    found = {name: path for name in RENDER if (path := newest(name, options.results))}
-    rendered = {name: render(path, name) for name, path in found.items()}
+    rendered = render_newest(options.results)
     if options.write:
         options.readme.write_text(
             fill(options.readme.read_text(encoding="utf-8"), rendered), encoding="utf-8"

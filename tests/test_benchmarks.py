@@ -3,6 +3,11 @@
 import importlib
 import json
 import math
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +18,20 @@ from benchmarks import (
     accuracy,
     goals,
     layer,
+    layer_tables,
     record,
     scaling,
     scaling_figures,
     scaling_learning,
+    scaling_store,
     scaling_tables,
     tables,
 )
 from benchmarks.candidates import DENSE, HF_GROUPED, OURS, Candidate, make_candidates, make_layer, why_not
 from benchmarks.measure import Budget, Timing, digits, peak_bytes, time_in_turns
-from benchmarks.scaling_learning import LearningSetting, Run
-from benchmarks.scaling_verdicts import compared, judge
+from benchmarks.scaling_learning import LearningSetting
+from benchmarks.scaling_store import Run
+from benchmarks.scaling_verdicts import compared, judge, seed_noise
 from benchmarks.shapes import SHAPES, Shape, experts_flops
 from benchmarks.statistics import compare, t_cdf, t_quantile
 from moe.decoder import Decoder
@@ -118,6 +126,11 @@ def test_peak_memory_sees_buffers_that_live_together_also_those_of_numpy():
     if peak is None:
         pytest.skip("this system does not tell its peak memory")
     assert 38e6 < peak < 50e6
+
+
+def test_peak_memory_is_not_asked_for_where_it_cannot_be_told(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert peak_bytes(lambda: pytest.fail("the work was run"), CPU) is None
 
 
 # Wrong results
@@ -218,8 +231,8 @@ def test_the_layer_benchmark_prints_tables_and_writes_where_when_and_with_what(m
     _without_long_probes(monkeypatch)
     assert layer.main([*TINY_LAYER, "--results", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert text.count("| tokens | experts |") == 4 and "**Goals**" in text
-    (path,) = tmp_path.glob("layer_*.json")
+    assert text.count("| tokens | experts |") == 4 and "**Goals**" in text and "selected sizes" in text
+    (path,) = tmp_path.glob("layer_partial_*.json")
     saved = json.loads(path.read_text())
     _assert_says_where_and_when(saved)
     assert len(saved["results"]) == 1 * 2 * 2 * 2
@@ -244,7 +257,9 @@ def _fake_record(ours: float, hf: float) -> dict:
 
     sizes = [(2048, e, backward) for e in (16, 256) for backward in (False, True)] + [(1, 256, False)]
     return {
-        "settings": {"d": 512, "h": 256, "k": 4, "dtype": "float32"},
+        "mode": "full",
+        "environment": {"device": "cpu"},
+        "settings": {"shape": "cpu_small", "d": 512, "h": 256, "k": 4, "dtype": "float32"},
         "bytes_per_second": 1e10,
         "import_seconds": {"torch": 1.0, "moe": 1.2},
         "results": [result(*size) for size in sizes],
@@ -258,6 +273,27 @@ def test_goals_are_judged_by_ratios_and_missing_sizes_are_not_called_met():
     assert sum(met is False for met in slow.values()) == 6
     nothing = goals.judge(_fake_record(12, 20) | {"results": []})
     assert [goal["met"] for goal in nothing] == [None] * 7 + [True]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"environment": {"device": "cuda"}},
+        {"settings": {"shape": "olmoe", "d": 2048, "h": 1024, "k": 8, "dtype": "float32"}},
+        {"settings": {"shape": "cpu_small", "d": 512, "h": 256, "k": 4, "dtype": "bfloat16"}},
+    ],
+)
+def test_there_are_no_goals_but_for_the_small_float32_layer_on_a_cpu(other):
+    assert goals.judge(_fake_record(12, 20) | other) == []
+    assert layer_tables.goals_table({"goals": []}) == ""
+
+
+def test_goals_say_over_which_and_how_many_sizes_they_are_judged():
+    full = goals.judge(_fake_record(12, 20))
+    assert "5 sizes" in full[5]["note"] and "2 sizes" in full[6]["note"]
+    assert not any("quick" in goal["goal"] for goal in full)
+    quick = goals.judge(_fake_record(12, 20) | {"mode": "quick"})
+    assert ["of the quick sizes" in goal["goal"] for goal in quick] == [False] * 5 + [True, True, False]
 
 
 # Statistics
@@ -338,7 +374,7 @@ def test_the_scaling_benchmark_prints_writes_draws_and_goes_on_where_it_stopped(
     assert scaling.main(tiny) == 0
     text = capsys.readouterr()
     assert "**Cost**" in text.out and "**Learning**" in text.out and "one-sided p" in text.out
-    (path,) = (tmp_path / "results").glob("scaling_quick_*.json")
+    (path,) = (tmp_path / "results").glob("scaling_partial_*.json")
     saved = json.loads(path.read_text())
     _assert_says_where_and_when(saved)
     assert {figure.suffix for figure in path.parent.iterdir()} == {".json", ".png"}
@@ -348,18 +384,65 @@ def test_the_scaling_benchmark_prints_writes_draws_and_goes_on_where_it_stopped(
 
     monkeypatch.setattr(scaling_learning, "train_run", lambda *run: pytest.fail(f"{run} was trained again"))
     assert scaling.main([*tiny, "--learning-only"]) == 0
-    again = json.loads(path.read_text())
+    again = json.loads(path.with_name(f"{path.stem}_2.json").read_text())
     assert again["learning"]["runs"] == saved["learning"]["runs"] and "cost" not in again
+    assert json.loads(path.read_text()) == saved
 
 
 def test_a_store_that_was_cut_off_loses_one_run_only(tmp_path):
     path = tmp_path / "store.jsonl"
     run = Run("dense", 0, 1.0, 1.0, 10, 1.0, 1.0, 10, [], 0, "abc")
-    scaling_learning.append_store(path, run)
+    scaling_store.append_store(path, run)
     with path.open("a") as file:
         file.write('{"arm": "e=4", "se')
-    scaling_learning.append_store(path, replace(run, seed=1))
-    assert list(scaling_learning.read_store(path)) == [("dense", 0), ("dense", 1)]
+    scaling_store.append_store(path, replace(run, seed=1))
+    assert list(scaling_store.read_store(path)) == [("dense", 0), ("dense", 1)]
+
+
+def test_a_changed_source_has_another_store(tmp_path):
+    def store() -> Path:
+        return scaling_store.default_store({"lr": 1}, "corpus", [source])
+
+    source = tmp_path / "arms.py"
+    source.write_text("width = 1")
+    before = store()
+    assert store() == before
+    source.write_text("width = 2")
+    assert store() != before
+    names = {path.name for path in scaling_learning.sources()}
+    assert {"scaling_learning.py", "decoder.py", "trainer.py"} <= names
+
+
+def test_after_a_failed_run_no_other_is_begun_and_those_under_way_are_kept(monkeypatch):
+    def train(setting, arm: str, seed: int) -> str:
+        begun.append(seed)
+        if seed == 1:
+            raise OSError("the disk is full")
+        both.wait()
+        return f"{arm} {seed}"
+
+    def failed(future) -> None:
+        if future.exception():
+            both.set()
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, jobs: int, mp_context) -> None:
+            super().__init__(jobs)
+
+        def submit(self, *arguments):
+            future = super().submit(*arguments)
+            future.add_done_callback(failed)
+            return future
+
+    begun, both = [], threading.Event()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(scaling_learning, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(scaling_learning, "train_run", train)
+    kept = []
+    with pytest.raises(OSError, match="disk is full"):
+        for run in scaling_learning._train_all(LearningSetting(), [("a", seed) for seed in range(50)], 2):
+            kept.append(run)
+    assert "a 0" in kept and len(kept) == len(begun) - 1 < 49
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -399,6 +482,7 @@ def _learning(losses: dict[str, list[float]], max_violation: float = 0.2, dead: 
             "arm": arm, "seed": seed, "validation_loss": loss, "training_loss": loss,
             "validation_tokens": 262_144, "cpu_seconds": 1.0, "tokens": 100,
             "max_violation": [max_violation] if arm.startswith("e=") else [], "dead_experts": dead,
+            "commit": "abc",
         }
         for arm, values in losses.items()
         for seed, loss in enumerate(values)
@@ -438,6 +522,37 @@ def test_differences_are_paired_by_seed():
     assert pair["pairs"] == 3 and math.isclose(pair["mean"], (0.06 + 0.06 + 0.05) / 3)
 
 
+def test_every_expert_chosen_must_equal_dense_within_seed_noise_when_that_arm_ran():
+    equal, unequal = {"e=2 (= k)": [1.505, 1.515]}, {"e=2 (= k)": [1.60, 1.61]}
+    assert [v["holds"] for v in judge(_learning(GOOD | equal))] == [True] * 7
+    assert [v["holds"] for v in judge(_learning(GOOD | unequal))] == [True] * 6 + [False]
+    one_seed = {arm: values[:1] for arm, values in (GOOD | equal).items()}
+    assert judge(_learning(one_seed))[-1]["seen"] == "fewer than two pairs"
+
+
+def test_seed_noise_by_hand():
+    learning = _learning({"dense": [1.0, 1.0, 1.0], "e=4": [1.1, 1.2, 1.3], "e=2 (= k)": [1.0, 1.2]})
+    pooled = math.sqrt((2 * 0.1**2 + 1 * 0.02) / 3)  # variances 0.01 and 0.02
+    assert math.isclose(seed_noise(learning, "e=2 (= k)"), 3.182446 * pooled / math.sqrt(2), rel_tol=1e-6)
+
+
+def test_what_holds_without_the_pilots_seed_is_shown():
+    pair = compared(_learning(GOOD), without=(0,))["e=16"]
+    assert pair["pairs"] == 2 and math.isclose(pair["mean"], (0.06 + 0.05) / 2)
+    assert "Without seed 0" in (text := scaling_tables.verdict_table(_learning(GOOD)))
+    assert "-0.0550 ± " in text
+    two_seeds = {arm: values[:2] for arm, values in GOOD.items()}
+    assert "Without seed" not in scaling_tables.verdict_table(_learning(two_seeds))
+
+
+def test_the_commits_of_the_runs_are_shown_when_they_differ_from_the_headline():
+    def shown(commit: str) -> str:
+        facts = record.environment(CPU) | {"commit": commit}
+        return scaling_tables.render({"environment": facts, "learning": _learning(GOOD)})
+
+    assert "the runs are of commits abc" in shown("def") and "of commits" not in shown("abc")
+
+
 def test_figures_are_drawn_from_the_record_alone(tmp_path):
     facts = {"environment": record.environment(CPU), "learning": _learning(GOOD)}
     assert scaling_figures.draw_learning(facts, tmp_path / "learning.png").stat().st_size > 10_000
@@ -454,23 +569,85 @@ def test_tables_go_between_their_marks_and_nowhere_else():
     assert tables.fill(filled, {"layer": "| new |"}) == filled
 
 
-def test_the_newest_result_is_the_one_with_the_latest_date(tmp_path):
+def test_shown_is_the_newest_full_result_of_every_hardware(tmp_path):
     for name in (
         "layer_zen_2026-01-02.json",
         "layer_a-cpu_2026-11-01.json",
+        "layer_a-cpu_2026-02-11.json",
+        "layer_quick_a-cpu_2027-01-01.json",
+        "layer_partial_a-cpu_2027-01-01.json",
+        "layer_partial_a-cpu_2027-01-01_2.json",
         "scaling_full_a_2027-01-01.json",
     ):
         (tmp_path / name).touch()
-    newest = tables.newest("layer", tmp_path)
-    assert newest is not None and newest.name == "layer_a-cpu_2026-11-01.json"
-    assert tables.newest("other", tmp_path) is None
+    newest = [path.name for path in tables.newest("layer", tmp_path)]
+    assert newest == ["layer_a-cpu_2026-11-01.json", "layer_zen_2026-01-02.json"]
+    assert tables.newest("other", tmp_path) == []
+
+
+def test_quick_results_are_shown_only_where_there_are_no_full_ones_and_say_so(tmp_path):
+    def keep(name: str, mode: str, folder: Path) -> None:
+        facts = {"environment": record.environment(CPU), "mode": mode, "learning": _learning(GOOD)}
+        record.save(name, facts, folder)
+
+    keep("scaling_quick", "quick", tmp_path)
+    keep("scaling_partial", "partial", tmp_path)
+    assert "Quick settings" in tables.render_newest(tmp_path)["scaling_full"]
+    keep("scaling_full", "full", tmp_path)
+    assert "Quick settings" not in tables.render_newest(tmp_path)["scaling_full"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ("", "quick"),
+        ("--jobs 1 --store x --results y", "quick"),
+        ("--full --store x", "full"),
+        ("--full --learning-only", "partial"),
+        ("--cost-only", "partial"),
+        ("--full --seeds 2", "partial"),
+        ('--full --set {"lr":1}', "partial"),
+    ],
+)
+def test_only_the_whole_grid_of_scaling_counts_as_full(arguments, kind):
+    assert scaling.parse(arguments.split()).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ("", "full"),
+        ("--device cpu --no-save", "full"),
+        ("--quick", "quick"),
+        ("--tokens 1", "partial"),
+        ("--quick --load zipf", "partial"),
+        ("--dtype bfloat16", "partial"),
+        ("--threads 1", "partial"),
+    ],
+)
+def test_only_the_whole_grid_of_the_layer_counts_as_full(arguments, kind):
+    assert layer.parse(arguments.split()).kind == kind
+
+
+def test_results_do_not_make_the_checkout_dirty(tmp_path):
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "--quiet"), (*author, "commit", "--quiet", "--allow-empty", "-m", "first")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (results / "layer.json").touch()
+    assert not record.commit(tmp_path).endswith("+dirty")
+    (tmp_path / "benchmarks" / "layer.py").touch()
+    assert record.commit(tmp_path).endswith("+dirty")
 
 
 def test_every_committed_result_says_where_it_was_measured_and_can_be_shown():
     for path in record.RESULTS.glob("*.json"):
         saved = json.loads(path.read_text(encoding="utf-8"))
         _assert_names_its_origin(saved, path)
-        name = next(name for name in tables.RENDER if path.name.startswith(name))
+        name = next(name for name in tables.RENDER if path.name.startswith(name.split("_")[0]))
         assert "|" in tables.render(path, name)
 
 
