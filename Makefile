@@ -40,7 +40,7 @@ format: $(VENV)/.dev ## rewrite the code in the one format
 
 bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.layer --quick
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

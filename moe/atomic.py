@@ -32,12 +32,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         NotADirectoryError: `path` is a file.
+        ValueError: `path` is a mount point, or the current folder or one above it.
         OSError: no space left on disk (the old folder is intact, the temporary one removed), or another
             failure of the file system.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; give the name of a folder.")
+    if Path.cwd().is_relative_to(target) or target.is_mount():
+        raise ValueError(
+            f"{target} cannot be replaced as a whole: it is a mount point, or holds the current folder. "
+            f"Save into a folder inside it."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     _tidy(target)
     temporary = _temporary(target)
@@ -66,7 +72,8 @@ def write_atomically(folder: str | Path, writer: Callable[[Path], object]) -> No
 def readable_folder(path: str | Path) -> Path:
     """`path`, or the complete old folder that a writer killed while replacing `path` left beside it."""
     target = Path(path).resolve()
-    return target if target.exists() or not _previous(target).exists() else _previous(target)
+    is_empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    return _previous(target) if is_empty and _previous(target).exists() else target
 
 
 def _previous(target: Path) -> Path:
@@ -80,6 +87,8 @@ def _temporary(target: Path) -> Path:
 def _tidy(target: Path) -> None:
     """Undo what a killed writer left: put the old folder back, remove temporary ones."""
     previous = _previous(target)
+    if previous.exists() and target.is_dir() and not any(target.iterdir()):
+        target.rmdir()  # made by somebody who missed it; the old folder is still the only one
     if previous.exists() and target.exists():
         _discard(previous, target)
     elif previous.exists():

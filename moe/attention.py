@@ -168,6 +168,8 @@ class KVCache:
                 f"this cache was filled by a model of {len(self._layers)} layers. Use a new KVCache."
             )
         buffer = self._layers[layer]
+        if self.length == 0 and _kind(buffer) != _kind(new):  # left by a forward pass that failed
+            self._layers[layer] = buffer = _empty(new, max(self.capacity, end))
         if (held := _kind(buffer)) != (given := _kind(new)):
             raise ValueError(
                 f"this cache holds (batch, key heads, channels, dtype, device) = {held}, got {given}. "

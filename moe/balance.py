@@ -25,6 +25,5 @@ def update_selection_bias(router: Router, tokens_per_expert: Tensor, rate: float
             f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, "
             f"expected one count for each of the {bias.numel()} experts."
         )
-    load = tokens_per_expert.double()
-    step = rate * torch.sign(load.mean() - load)
-    bias += (step - step.mean()).to(bias)
+    sign = torch.sign(tokens_per_expert.sum() - tokens_per_expert * bias.numel()).to(bias)
+    bias += rate * (sign - sign.mean())

@@ -97,7 +97,9 @@ def load_tensors(folder: str | Path, *, name: str = "model") -> dict[str, Tensor
     weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        tensors |= _load_file(folder, shard)
+        tensors |= {
+            key: tensor for key, tensor in _load_file(folder, shard).items() if weight_map.get(key) == shard
+        }
     absent = sorted(weight_map.keys() - tensors.keys())
     if absent:
         raise ValueError(f"{index} lists tensors that their files do not hold: {', '.join(absent)}.")

@@ -10,8 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe.version import __version__
+
+if TYPE_CHECKING:
+    from moe.train.loop import TrainResult
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
@@ -96,26 +100,27 @@ def run_train(arguments: argparse.Namespace) -> int:
     result = train(config, arguments.out, resume=arguments.resume, log=show)
     show(f"checkpoint: {result.checkpoint}")
     if not arguments.no_report:
-        show_results(arguments.out, arguments.device)
+        show_results(result, arguments.device)
     return 0
 
 
-def show_results(folder: Path, device: str | None) -> None:
+def show_results(result: "TrainResult", device: str | None) -> None:
     """What a finished run is worth: a sample, bits per byte beside compressors, a figure."""
     from moe.train.files import write_bytes
     from moe.train.runs import evaluate_run, held_out_excerpt, open_run, sample_text
 
+    folder = result.folder
     run = open_run(folder, device=device)
-    prompt = held_out_excerpt(run)
+    prompt = held_out_excerpt(run, corpus=result.corpus)
     text = sample_text(run, prompt)
     write_bytes(folder / "samples.txt", text.encode("utf-8"))
     show(f"\nsample (also in {folder / 'samples.txt'}); held-out text as the prompt:\n{indent(prompt)}")
     show(f"the model goes on:\n{indent(text.removeprefix(prompt))}\n")
-    show_evaluation(evaluate_run(run, log=show))
+    show_evaluation(evaluate_run(run, corpus=result.corpus))
     try:
         from moe.report.figures import draw_run
     except ImportError:
-        show('no figure: matplotlib is missing. Install it with: pip install "sparse-moe[train]"')
+        show("no figure: matplotlib is missing. pip install '.[train]' in a clone of the repository adds it.")
         return
     show(f"figure: {draw_run(folder)}")
 

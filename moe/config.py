@@ -5,6 +5,7 @@ anywhere. Nonsense is refused when the object is made.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
@@ -15,6 +16,7 @@ GroupScore = Literal["max", "top2"]
 CapacityPolicy = Literal["score", "position"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
+LossGranularity = Literal["layer", "sequence"]
 
 GATED_ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "clamped_swiglu")
 
@@ -58,7 +60,7 @@ class MoEConfig:
     router_bias: bool = False
     router_logit_softcap: float | None = None
     router_jitter_noise: float = 0.0
-    router_dtype: DType = "float32"  # the dtype in which logits and scores are computed
+    router_dtype: DType = "float32"  # logits and scores are computed in this dtype, or in that of x if wider
     routing_weights_dtype: DType | None = None  # None: as router_dtype
 
     # Shared experts: one dense FFN of width n_shared_experts * shared_expert_intermediate_size
@@ -66,7 +68,8 @@ class MoEConfig:
     shared_expert_intermediate_size: int | None = None  # None: as moe_intermediate_size
     shared_expert_gate: bool = False  # True: multiplied by sigmoid(x . w), as Qwen2-MoE does
 
-    # Capacity: None is dropless
+    # Capacity: None is dropless. It grows with the batch, so a later token can decide whether an earlier one
+    # is dropped, and decoding with a cache drops other tokens than a whole forward pass does
     capacity_factor: float | None = None
     capacity_policy: CapacityPolicy = "score"
 
@@ -121,6 +124,8 @@ class MoEConfig:
             raise ValueError(
                 f'activation="{self.activation}" has no gate to interleave; set is_concatenated=True.'
             )
+        if self.shared_expert_intermediate_size is not None:
+            _require_positive(self, "shared_expert_intermediate_size")
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError("shared_expert_gate=True needs n_shared_experts >= 1.")
 
@@ -130,9 +135,15 @@ class MoEConfig:
         return self.activation in GATED_ACTIVATIONS
 
     @property
+    def shared_expert_width(self) -> int:
+        """Width of one shared expert."""
+        width = self.shared_expert_intermediate_size
+        return self.moe_intermediate_size if width is None else width
+
+    @property
     def shared_width(self) -> int:
         """Width of the one dense FFN that stands for all shared experts; 0 when there is none."""
-        return self.n_shared_experts * (self.shared_expert_intermediate_size or self.moe_intermediate_size)
+        return self.n_shared_experts * self.shared_expert_width
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` is its inverse."""
@@ -187,6 +198,7 @@ class DecoderConfig(MoEConfig):
     # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
     router_aux_loss_coef: float = 0.0
     router_aux_loss_convention: LossConvention = "megatron"
+    router_aux_loss_granularity: LossGranularity = "layer"
     router_z_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
@@ -249,15 +261,30 @@ _CHOICES = {
     "capacity_policy": CapacityPolicy,
     "router_dtype": DType,
     "router_aux_loss_convention": LossConvention,
+    "router_aux_loss_granularity": LossGranularity,
 }
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    """Refuse a value of another type than its field's; a whole number may stand for a real one."""
+    kinds = get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return
+    if bool in kinds and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false.")
+    if int in kinds and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ValueError(f"{name}={value!r} must be a whole number.")
+    if float in kinds and (
+        not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)
+    ):
+        raise ValueError(f"{name}={value!r} must be a finite number.")
 
 
 def _check_fields(config: MoEConfig) -> None:
     """Refuse negative counts and words outside their choices."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.type is int and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{field.name}={value!r} must be a whole number.")
+        _check_type(field.name, value, field.type)
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{field.name}={value} must not be negative.")
         if field.name in _CHOICES and value not in get_args(_CHOICES[field.name]):

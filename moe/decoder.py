@@ -243,6 +243,7 @@ class Decoder(nn.Module):
         """
         if targets.shape != ids.shape:
             raise ValueError(f"targets {_shape(targets)} must have the shape of ids {_shape(ids)}.")
+        _check_mask(mask, ids)
         targets = targets if mask is None else targets.where(mask, IGNORED)
         _check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
         hidden = self.hidden(ids, mask=mask)
@@ -252,15 +253,23 @@ class Decoder(nn.Module):
             rearrange(targets, "b s -> (b s)"),
             chunk_tokens=chunk_tokens,
         )
-        balance, z = self._router_losses(hidden.routings, cross_entropy)
+        balance, z = self._router_losses(hidden.routings, len(ids), cross_entropy)
         config = self.config
         total = cross_entropy + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
         return DecoderLoss(total, cross_entropy, balance, z, hidden.routings, hidden.plans)
 
-    def _router_losses(self, routings: Sequence[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
+    def _router_losses(
+        self, routings: Sequence[Routing], sequences: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
         balance = z = torch.zeros_like(like)
         if routings and self.config.router_aux_loss_coef:
-            balance = load_balancing_loss(routings, convention=self.config.router_aux_loss_convention)
+            granularity = self.config.router_aux_loss_granularity
+            balance = load_balancing_loss(
+                routings,
+                convention=self.config.router_aux_loss_convention,
+                granularity=granularity,
+                sequences=sequences if granularity == "sequence" else None,
+            )
         if routings and self.config.router_z_loss_coef:
             z = torch.stack([router_z_loss(routing) for routing in routings]).mean()
         return balance, z

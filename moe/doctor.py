@@ -12,11 +12,11 @@ from moe.ops.choose import describe
 from moe.version import __version__
 
 EXTRAS = {
-    "triton": "fast kernels on a GPU: pip install triton",
-    "tokenizers": "BPE: pip install sparse-moe[train]",
-    "matplotlib": "figures: pip install sparse-moe[train]",
-    "tensorboard": "live curves: pip install sparse-moe[track]",
-    "transformers": "Hugging Face models: pip install sparse-moe[hf]",
+    "triton": "not used: this version of sparse-moe has no Triton kernels yet",
+    "tokenizers": "BPE: pip install '.[train]' in a clone of the repository",
+    "matplotlib": "figures: pip install '.[train]' in a clone of the repository",
+    "tensorboard": "live curves: pip install '.[track]' in a clone of the repository",
+    "transformers": "Hugging Face models: pip install '.[hf]' in a clone of the repository",
 }
 
 

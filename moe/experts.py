@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from moe.autocast import autocast_dtype
 from moe.config import MoEConfig
 from moe.ops.choose import Backend, check_backend, choose_ops
 from moe.plan import RoutingPlan
@@ -53,8 +54,7 @@ class Experts(nn.Module):
         config = self.config
         up_proj, down_proj = getattr(self, self.up_name), self.down_proj  # read once: PEFT swaps them here
         up_bias, down_bias = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if (dtype := autocast_dtype(x.device)) is not None:
             x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
             up_bias = None if up_bias is None else up_bias.to(dtype)
             down_bias = None if down_bias is None else down_bias.to(dtype)

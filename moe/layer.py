@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from moe.autocast import autocast_dtype
 from moe.config import MoEConfig
 from moe.experts import Experts
 from moe.feed_forward import Projection, SwiGLU
@@ -79,7 +80,10 @@ class MoE(nn.Module):
         """
         self._check(x, mask)
         tokens = rearrange(x, "... d -> (...) d")
-        routing = self.router(tokens, None if mask is None else mask.reshape(-1))
+        if mask is not None:
+            mask = mask.reshape(-1)
+            tokens = tokens.masked_fill(~mask[:, None], 0)  # whatever padding holds, it reaches no gradient
+        routing = self.router(tokens, mask)
         plan = self._plan(routing)
         y = self.experts(tokens, routing.weights, plan)
         if self.shared_expert is not None:
@@ -96,7 +100,7 @@ class MoE(nn.Module):
         return RoutingPlan.from_experts(experts, config.num_experts)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        weight = self.router.weight
+        weight = self.experts.down_proj  # the router may be kept wider
         if x.dim() == 0 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; its last dimension must be "
@@ -104,7 +108,7 @@ class MoE(nn.Module):
             )
         if x.device != weight.device:
             raise ValueError(f"x is on {x.device}, but the layer is on {weight.device}; move one of them.")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
             raise ValueError(
                 f"x is {x.dtype}, but the layer is {weight.dtype}: "
                 f"cast one of them, or run under torch.autocast."

@@ -7,10 +7,14 @@ scale and pooling, so a coefficient means something only together with its conve
 | convention | over layers                      | P                               | at uniform routing |
 |------------|----------------------------------|---------------------------------|--------------------|
 | megatron   | sum of the layers' losses        | scores, normalised with + 1e-20 | number of layers   |
+|            |                                  | f is of their own top k         |                    |
 | olmo       | sum of the layers' losses        | scores + 1e-7, normalised       | number of layers   |
 | megablocks | mean of the layers' losses       | softmax of the logits           | 1                  |
 | hf         | f and P pooled, then one product | softmax of the logits; f is of  | k                  |
-|            |                                  | its own top k, not the choice   |                    |
+|            |                                  | its own top k                   |                    |
+
+"Own top k": counted from P, as those libraries do, and not from the real choice, which a selection bias or
+expert groups may have changed.
 """
 
 from collections.abc import Sequence
@@ -31,7 +35,7 @@ def load_balancing_loss(
     *,
     convention: LossConvention = "megatron",
     granularity: Granularity = "layer",
-    sequences: int = 1,
+    sequences: int | None = None,
 ) -> Tensor:
     """Load-balancing loss over the MoE layers of a model -> scalar, float32 or wider.
 
@@ -40,23 +44,26 @@ def load_balancing_loss(
                  that hold a real token (DeepSeek-V3, 2412.19437).
 
     Raises:
-        ValueError: no routing, an unknown convention, tokens that do not divide into the sequences, or
-            sequences with "hf", which pools all tokens.
+        ValueError: no routing, an unknown convention, tokens that do not divide into the sequences,
+            sequences with "layer" or with "hf", which pools all tokens.
     """
     routings = [routings] if isinstance(routings, Routing) else list(routings)
     if not routings:
         raise ValueError("load_balancing_loss needs the routing of at least one MoE layer, got none.")
     if granularity not in ("layer", "sequence"):
         raise ValueError(f'granularity={granularity!r} must be "layer" or "sequence".')
-    if granularity == "layer":
-        sequences = 1
+    if (granularity == "sequence") != (sequences is not None) or (sequences is not None and sequences < 1):
+        raise ValueError(
+            f"granularity={granularity!r} with sequences={sequences}: give the number of sequences "
+            f'with "sequence", 1 or more, and none with "layer".'
+        )
     if convention == "hf":
         if granularity == "sequence":
             raise ValueError(
                 'convention="hf" pools all tokens; use granularity="layer" or another convention.'
             )
         return _joint_loss(routings)
-    losses = torch.stack([_layer_loss(routing, convention, sequences) for routing in routings])
+    losses = torch.stack([_layer_loss(routing, convention, sequences or 1) for routing in routings])
     return losses.mean() if convention == "megablocks" else losses.sum()
 
 
@@ -88,7 +95,10 @@ def _layer_loss(routing: Routing, convention: LossConvention, sequences: int) ->
     probabilities = rearrange(probabilities, "(b s) e -> b s e", b=sequences)
     mean_probability = (probabilities * by_sequence[..., None]).sum(1) / real_tokens.clamp(min=1)[:, None]
 
-    experts = rearrange(routing.experts, "(b s) k -> b (s k)", b=sequences)
+    experts = routing.experts
+    if convention == "megatron":
+        experts = _own_choice(routing.scores, routing)
+    experts = rearrange(experts, "(b s) k -> b (s k)", b=sequences)
     counts = probabilities.new_zeros(sequences, num_experts + 1)
     counts.scatter_add_(1, experts, torch.ones_like(experts, dtype=counts.dtype))
     share = counts[:, :num_experts] / (real_tokens.clamp(min=1) * routing.top_k)[:, None]
@@ -104,11 +114,19 @@ def _joint_loss(routings: Sequence[Routing]) -> Tensor:
         r.mask if r.mask is not None else torch.ones_like(r.logits[:, 0], dtype=torch.bool) for r in routings
     ]
     mask = torch.cat(masks)
-    num_experts, top_k = routings[0].num_experts, routings[0].top_k
-    experts = probabilities.detach().topk(top_k, dim=-1).indices
-    counts = count_experts(experts.masked_fill(~mask[:, None], num_experts), num_experts)
+    num_experts = routings[0].num_experts
+    experts = torch.cat([_own_choice(routing.logits, routing) for routing in routings])
+    counts = count_experts(experts, num_experts)
     share = counts / mask.sum().clamp(min=1)
     return num_experts * (share * _masked_mean(probabilities, mask)).sum()
+
+
+def _own_choice(preference: Tensor, routing: Routing) -> Tensor:
+    """The top k of preference (t e) -> experts (t k), with the id e at padding."""
+    experts = preference.detach().topk(routing.top_k, dim=-1).indices
+    return (
+        experts if routing.mask is None else experts.masked_fill(~routing.mask[:, None], routing.num_experts)
+    )
 
 
 def _probabilities(routing: Routing, convention: LossConvention) -> Tensor:

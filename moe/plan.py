@@ -66,7 +66,7 @@ def drop_over_capacity(
     (Switch, 2101.03961; Megatron core does the same).
 
     policy  "score": the pairs with the largest weights stay (ties: the earlier token).
-            "position": the first pairs in token order stay. Causal; "score" looks at later tokens.
+            "position": the first pairs in token order stay.
 
     Raises:
         ValueError: an unknown policy.

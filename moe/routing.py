@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from moe.autocast import autocast_dtype
 from moe.config import MoEConfig
 
 
@@ -93,7 +94,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route x (t d). mask (t) is True at real tokens; the others get no expert."""
         x = x if mask is None else x.masked_fill(~mask[:, None], 0)
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is None:
             return self._route(x, mask)
         with torch.autocast(x.device.type, enabled=False):
             return self._route(x, mask)
@@ -126,7 +127,8 @@ class Router(nn.Module):
             return logits.softmax(-1)
         if self.config.scoring_func == "sigmoid":
             return logits.sigmoid()
-        return F.softplus(logits).sqrt()
+        tiny = torch.finfo(logits.dtype).tiny  # the root has no slope at 0, where softplus underflows
+        return F.softplus(logits).clamp(min=tiny).sqrt()
 
     def _choose(self, preference: Tensor) -> Tensor:
         """The top k of preference (t e), after selection bias and group limits -> experts (t k)."""
@@ -154,7 +156,8 @@ class Router(nn.Module):
         else:
             weights = scores.gather(1, experts)
         if config.norm_topk_prob and not (config.topk_before_score and config.scoring_func == "softmax"):
-            weights = weights / (weights.sum(-1, keepdim=True) + config.norm_topk_eps)
+            total = weights.sum(-1, keepdim=True) + config.norm_topk_eps
+            weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)
         if config.routed_scaling_factor != 1.0:
             weights = weights * config.routed_scaling_factor
         dtype = config.routing_weights_dtype
@@ -169,6 +172,12 @@ class Router(nn.Module):
             source = after if before.is_meta else before  # to_empty() leaves the meta device
             self.e_score_correction_bias = source.to(after.device, torch.float32)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load as any module; a selection bias that was stored in 16 bits becomes float32 again."""
+        super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
 
     def extra_repr(self) -> str:
         """Sizes and the options that differ from the plain softmax router."""

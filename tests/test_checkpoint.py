@@ -416,3 +416,31 @@ def test_tensors_of_any_name_layout_and_dtype_survive(tmp_path):
     assert all(torch.equal(found[name], tensors[name]) for name in tensors) and len(found) == 4
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_tensors(tmp_path)
+
+
+def test_the_index_decides_which_shard_a_tensor_comes_from(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(load_tensors(tmp_path)["a"], torch.zeros(2))
+
+
+def test_the_current_folder_cannot_be_replaced_under_our_feet(tmp_path, monkeypatch):
+    inside = tmp_path / "model" / "deep"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    with pytest.raises(ValueError, match="current folder"), atomic_folder(tmp_path / "model"):
+        pass
+    assert inside.exists()
+
+
+def test_an_empty_folder_does_not_hide_or_cost_the_stranded_old_one(tmp_path):
+    target, previous = tmp_path / "m", tmp_path / ".m.previous"
+    write_atomically(target, lambda folder: (folder / "x").write_text("old"))
+    target.rename(previous)  # as a writer killed between the two renames leaves it
+    target.mkdir()
+    assert (readable_folder(target) / "x").read_text() == "old"
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(target, lambda folder: 1 / 0)
+    assert (readable_folder(target) / "x").read_text() == "old"

@@ -195,3 +195,18 @@ def test_a_decoder_without_experts_is_dense():
     )
     assert not any(map(config.is_moe_layer, range(2)))
     assert (config.kv_heads, config.head_size) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("norm_topk_prob", "false"),
+        ("norm_topk_eps", "1e-20"),
+        ("initializer_range", float("nan")),
+        ("capacity_factor", float("inf")),
+        ("shared_expert_intermediate_size", 0),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        tiny_config(**{name: value})

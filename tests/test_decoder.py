@@ -177,7 +177,7 @@ def test_logits_are_never_held_whole_in_forward_or_backward():
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
-    assert sum(saved) == (t + v) * d
+    assert sum(saved) == (t + v) * d + 1  # and the number of tokens
     with Largest() as backward:
         loss.backward()
     assert backward.elements == t * d
@@ -352,3 +352,38 @@ def test_loss_refuses_nonsense(targets, chunk, message):
 def test_a_cache_cannot_be_filled_while_gradients_are_on():
     with pytest.raises(ValueError, match="no_grad"):
         decoder()(tokens(1, 3), cache=KVCache())
+
+
+def test_a_second_derivative_of_the_loss_is_refused():
+    weight = torch.randn(5, 4, requires_grad=True)
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = linear_cross_entropy(x.tanh(), weight, torch.tensor([0, 1, 2]))
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_fp16_gradients_survive_a_loss_scale():
+    torch.manual_seed(0)
+    t, d, v, scale = 4096, 8, 512, 2.0**16
+    hidden, weight = torch.randn(t, d), torch.randn(v, d) / 10
+    targets = torch.randint(v, (t,))
+    found = [hidden.half().requires_grad_(), weight.half().requires_grad_()]
+    (linear_cross_entropy(*found, targets) * scale).backward()
+    truth = [tensor.detach().double().requires_grad_() for tensor in found]
+    F.cross_entropy(truth[0] @ truth[1].T, targets).backward()
+    for ours, exact in zip(found, truth, strict=True):
+        assert ((ours.grad.double() / scale - exact.grad).norm() / exact.grad.norm()) < 2e-3
+
+
+def test_the_sequence_wise_loss_of_a_decoder_is_that_of_its_routings():
+    model = decoder(router_aux_loss_coef=0.1, router_aux_loss_granularity="sequence")
+    ids = tokens(3, 6)
+    loss = model.loss(ids, ids)
+    expected = load_balancing_loss(loss.routings, granularity="sequence", sequences=3)
+    assert torch.equal(loss.balance, expected)
+    assert loss.balance != load_balancing_loss(loss.routings)
+
+
+def test_a_mask_that_is_not_bool_is_refused_by_the_loss_too():
+    with pytest.raises(ValueError, match="mask must be bool"):
+        decoder().loss(tokens(1, 4), tokens(1, 4), mask=torch.ones(1, 4, dtype=torch.int64))

@@ -530,3 +530,25 @@ def test_auto_takes_the_torch_backend_on_a_cpu():
 def test_a_layer_without_experts_is_refused():
     with pytest.raises(ValueError, match="num_experts=0"):
         MoE(MoEConfig(hidden_size=4, moe_intermediate_size=4, num_experts=0, num_experts_per_tok=1))
+
+
+def test_a_float32_router_in_a_bfloat16_layer_is_welcome():
+    layer = make_layer().bfloat16()
+    layer.router.float()
+    assert layer(inputs().bfloat16()).y.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="bfloat16"):
+        layer(inputs(dtype=torch.float32))
+
+
+def test_the_meta_device_gives_shapes():
+    layer = make_layer(n_shared_experts=1).to("meta")
+    x = torch.empty(3, 5, 12, dtype=torch.float64, device="meta")
+    assert layer(x).y.shape == x.shape
+
+
+def test_nan_at_padding_reaches_no_gradient():
+    layer = make_layer(n_shared_experts=1)
+    x, mask = inputs(), torch.ones(len(inputs()), dtype=torch.bool)
+    x[-1], mask[-1] = torch.nan, False
+    layer(x, mask).y[mask].sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())

@@ -317,3 +317,25 @@ def test_no_layers_are_refused():
 def test_the_hugging_face_convention_has_no_sequence_form():
     with pytest.raises(ValueError, match="hf"):
         load_balancing_loss([route(random_logits())], convention="hf", granularity="sequence", sequences=3)
+
+
+def test_megatron_counts_what_the_scores_choose_and_not_what_the_bias_chose():
+    torch.manual_seed(0)
+    router = Router(tiny_config(scoring_func="sigmoid", use_selection_bias=True))
+    router.e_score_correction_bias[0] = 10.0  # everybody chooses expert 0
+    x = torch.randn(40, router.config.hidden_size)
+    biased = router(x)
+    router.e_score_correction_bias.zero_()
+    assert not torch.equal(biased.experts, router(x).experts)
+    assert_same(
+        load_balancing_loss(biased, convention="megatron"),
+        load_balancing_loss(router(x), convention="megatron"),
+    )
+    assert load_balancing_loss(biased, convention="olmo") != load_balancing_loss(router(x), convention="olmo")
+
+
+@pytest.mark.parametrize(("granularity", "sequences"), [("sequence", None), ("sequence", 0), ("layer", 4)])
+def test_the_number_of_sequences_goes_with_the_granularity(granularity, sequences):
+    routing = route(random_logits(tokens=8))
+    with pytest.raises(ValueError, match="sequences"):
+        load_balancing_loss(routing, granularity=granularity, sequences=sequences)

@@ -554,3 +554,23 @@ def test_the_router_chooses_and_weighs_as_transformers_does(peer):
     assert torch.equal(experts, their_experts)
     torch.testing.assert_close(routing.logits, their_logits)
     torch.testing.assert_close(weights, their_weights)
+
+
+def test_a_selection_bias_stored_in_16_bits_is_float32_again():
+    router = make_router(scoring_func="sigmoid", use_selection_bias=True)
+    stored = {key: value.bfloat16() for key, value in router.state_dict().items()}
+    for assign in (False, True):
+        router.load_state_dict(stored, assign=assign)
+        assert router.e_score_correction_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
+def test_extreme_logits_give_finite_weights_and_gradients(score):
+    router = make_router(scoring_func=score)
+    x = inputs().requires_grad_()
+    with torch.no_grad():
+        router.weight.fill_(-1e4)
+    routing = router(x.abs())
+    routing.weights.sum().backward()
+    assert routing.weights.isfinite().all()
+    assert x.grad.isfinite().all()

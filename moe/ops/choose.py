@@ -94,14 +94,14 @@ def check_backend(request: str) -> None:
 
 def triton_obstacle(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on this device, and the way out; None when they can."""
-    if device.type != "cuda":
-        return "Triton needs a GPU (a cuda device)."
-    if find_spec("triton") is None:
-        return "the triton package is missing. Install it with: pip install triton."
     import moe_triton  # pyright: ignore[reportMissingTypeStubs]
 
+    if device.type != "cuda":
+        return "Triton needs a GPU (a cuda device)."
     if not hasattr(moe_triton, "experts_ffn"):
-        return "this version of moe_triton has no kernels yet."
+        return "this version of sparse-moe has no Triton kernels yet."
+    if find_spec("triton") is None:
+        return "the triton package is missing. Install it with: pip install triton."
     return None
 
 

@@ -8,9 +8,9 @@ Backward, with G = dy[t_r], A recomputed:
 Kept between the two: x and H. Sums over a token's choices run in expert order, in float32 or wider.
 
 Decisions
-1. Rows are gathered, used and added block by block; no (p d) buffer exists. A block is many small experts or
-   a piece of a large one, so the calls around the products are few at any number of experts. All blocks of
-   a thread work in the same buffers.
+1. Rows are gathered, used and added block by block: in float32 there is no (p d) buffer. A block is many
+   small experts or a piece of a large one, so the calls around the products are few at any number of
+   experts. All blocks of a thread work in the same buffers.
 2. Weight gradients are written expert by expert into one buffer. Autograd through `weight[i]` would make a
    full-size gradient for every expert: 62 s instead of 0.4 s for 256 experts.
 3. Large CPU buffers come from numpy, which asks Linux for huge pages: first touch of a fresh 256 MB buffer

@@ -16,6 +16,7 @@ from torch import Tensor
 _ROWS_PER_EXPERT = 20  # reading and packing an expert's weights costs about as much as this many of its rows
 _SMALLEST_SHARE = 128  # rows; below this, handing work to a thread costs more than it saves
 _WORST_IMBALANCE = 1.3  # largest share over mean; above it, threads that share each product do better
+_MOST_SHARES = 8  # each has a sum of its own, as large as y
 
 
 def split_experts(bounds: Sequence[int], device: torch.device) -> list[range]:
@@ -29,7 +30,7 @@ def split_experts(bounds: Sequence[int], device: torch.device) -> list[range]:
         return [everything]
     work = [bounds[i + 1] - bounds[i] + _ROWS_PER_EXPERT * (bounds[i + 1] > bounds[i]) for i in everything]
     total = sum(work)
-    threads = min(threads, total // _SMALLEST_SHARE)
+    threads = min(threads, _MOST_SHARES, total // _SMALLEST_SHARE)
     if threads < 2:
         return [everything]
     cuts, done = [0], 0
@@ -63,7 +64,8 @@ def sum_over_shares(
         with torch.inference_mode(is_inference), torch.no_grad():  # modes are a thread's own
             work(total, experts)
 
-    list(_threads(len(ranges)).map(run, totals, ranges))
+    pool = _threads(min(torch.get_num_threads(), _MOST_SHARES))
+    list(pool.map(run, totals, ranges))
     for other in totals[1:]:
         totals[0] += other
     return totals[0]
@@ -81,10 +83,15 @@ def _threads(number: int) -> ThreadPoolExecutor:
         barrier.wait()
 
     pool = ThreadPoolExecutor(number, thread_name_prefix="moe-experts", initializer=use_one_core)
-    for _ in range(number):
-        pool.submit(int)
-    barrier.wait()
-    torch.set_num_threads(torch_threads)  # the default that later threads of the program start with
+    try:
+        for _ in range(number):
+            pool.submit(int)
+        barrier.wait()
+    except BaseException:
+        barrier.abort()  # else the threads that did start would wait for ever
+        raise
+    finally:
+        torch.set_num_threads(torch_threads)  # the default that later threads of the program start with
     return pool
 
 
