@@ -9,7 +9,7 @@ import sys
 import pytest
 from train_helpers import tiny_overrides, tiny_run, write_corpus
 
-from moe.cli import COMMANDS, main, parse
+from moe.cli import COMMANDS, main, parse, show_results
 from moe.train.loop import train
 
 
@@ -37,6 +37,15 @@ def test_train_eval_and_sample_work_from_end_to_end(tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", run, "--prompt", "the ", "--tokens", "5", "--seed", "3"]) == 0
     assert capsys.readouterr().out.startswith("the ")
+
+
+def test_a_finished_run_is_measured_without_reading_the_corpus_again(tmp_path, monkeypatch, capsys):
+    result = train(tiny_run(tmp_path), tmp_path / "run")
+    monkeypatch.setattr("moe.train.runs.load_tokens", None)
+    show_results(result, None)
+    assert "gzip -9" in capsys.readouterr().out
+    text = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert text["step"] == 12
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):

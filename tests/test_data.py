@@ -2,6 +2,8 @@
 
 import os
 import sysconfig
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from moe.train.corpus import find_corpus, read_pieces
 from moe.train.data import Windows, permute, train_batch
 from moe.train.settings import DataConfig
 from moe.train.tokenizer import ByteTokenizer
-from moe.train.tokens import cache_folder, load_tokens, token_dtype, write_tokens
+from moe.train.tokens import STALE_SECONDS, cache_folder, load_tokens, token_dtype, write_tokens
 
 
 def data(folder: Path, **more) -> DataConfig:
@@ -97,7 +99,7 @@ def test_pieces_join_to_the_file_and_cut_no_character(tmp_path_factory, text, si
     path = tmp_path_factory.mktemp("pieces") / "file.txt"
     content = text.encode("utf-8", errors="ignore")
     path.write_bytes(content)
-    pieces = list(read_pieces(corpus_module.Document(path, "", 0, len(content)), size))
+    pieces = list(read_pieces(corpus_module.Document(path, "", 0, len(content), len(content)), size))
     assert b"".join(pieces) == content
     for piece in pieces:
         piece.decode("utf-8")
@@ -221,6 +223,45 @@ def test_a_cache_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OSError, match=r"cannot be made.*data\.cache"):
         load_tokens(config)
+
+
+def test_tokenising_holds_a_few_megabytes_of_a_file(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_bytes(f"{name} line of text\n".encode() * (20_000_000 // 15))
+    found = find_corpus(data(folder))
+    tracemalloc.start()
+    try:
+        write_tokens(found, ByteTokenizer(), tmp_path / "tokens")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6
+
+
+@pytest.mark.parametrize("files", [1, 3], ids=["cut", "whole"])
+@pytest.mark.parametrize("change", [lambda text: text + "more\n", lambda text: text[:-2] + "?\n"])
+def test_a_file_that_changes_before_it_is_tokenised_is_refused(tmp_path, files, change):
+    found = find_corpus(data(write_corpus(tmp_path / "text", files=files)))
+    path = found.validation[0].path
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{path.name} changed while it was read"):
+        write_tokens(found, ByteTokenizer(), tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_what_killed_tokenisers_left_of_a_corpus_is_removed_and_what_live_ones_write_is_not(tmp_path):
+    found = find_corpus(data(write_corpus(tmp_path / "text")))
+    names = ("..tokens.123.tmp-0123abcd", ".tokens.123", ".tokens.124", ".other.123")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.bin").write_bytes(b"x")
+        if name != ".tokens.124":
+            for path in (tmp_path / name / "train.bin", tmp_path / name):
+                os.utime(path, (0, time.time() - 2 * STALE_SECONDS))
+    write_tokens(found, ByteTokenizer(), tmp_path / "tokens")
+    assert [name for name in names if (tmp_path / name).exists()] == [".tokens.124", ".other.123"]
 
 
 def test_the_second_of_two_processes_that_tokenise_keeps_the_folder_of_the_first(tmp_path):

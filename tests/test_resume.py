@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from train_helpers import tiny_run
 
+from moe.train import claim
 from moe.train.loop import train
 from moe.train.overrides import change
 from moe.train.run_folder import RunFolder
@@ -40,6 +43,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 class Killed(BaseException):
     """Ends a run inside the process as abruptly as Python allows."""
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def stop_at(step: int):
@@ -148,10 +155,10 @@ def test_what_a_killed_writer_leaves_is_never_taken_for_a_checkpoint(tmp_path):
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     config = tiny_run(tmp_path)
     train(config, tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = content_of(tmp_path / "run")
     with pytest.raises(FileExistsError, match=r"already holds a run.*--resume"):
         train(config, tmp_path / "run")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == content_of(tmp_path / "run")
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
@@ -172,8 +179,47 @@ def test_resuming_with_changed_text_is_refused(tmp_path):
     config = tiny_run(tmp_path)
     train(config, tmp_path / "run")
     (tmp_path / "text" / "00.txt").write_text("changed")
+    before = content_of(tmp_path / "run")
     with pytest.raises(ValueError, match="the text of this run changed"):
-        train(config, tmp_path / "run", resume=True)
+        train(change(config, None, ["train.steps=14"]), tmp_path / "run", resume=True)
+    assert content_of(tmp_path / "run") == before
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    config = tiny_run(tmp_path)
+    train(config, tmp_path / "run")
+    before = content_of(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train\.steps=11 is below the 12 steps"):
+        train(change(config, None, ["train.steps=11"]), tmp_path / "run", resume=True)
+    assert content_of(tmp_path / "run") == before
+
+
+def test_a_changed_machine_is_told_and_the_facts_of_the_beginning_are_kept(tmp_path, monkeypatch):
+    train(tiny_run(tmp_path), tmp_path / "run")
+    before = (tmp_path / "run" / "env.json").read_bytes()
+    now = claim.environment() | {"torch": "9.9"}
+    monkeypatch.setattr(claim, "environment", lambda device: now)
+    lines: list[str] = []
+    train(tiny_run(tmp_path, "train.steps=14"), tmp_path / "run", resume=True, log=lines.append)
+    (line,) = [line for line in lines if "is 9.9" in line]
+    assert line.startswith("changed since the run began: torch was") and "exact only with the same" in line
+    assert (tmp_path / "run" / "env.json").read_bytes() == before
+
+
+def test_a_second_process_is_refused_while_the_first_one_trains(tmp_path):
+    config = tiny_run(tmp_path)
+    code = "import sys; from pathlib import Path; from moe.train.claim import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    train(config, tmp_path / "run")
+    before = content_of(tmp_path / "run")
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"held\n"
+        with pytest.raises(BlockingIOError, match=r"another process is training in .*--out"):
+            train(config, tmp_path / "run", resume=True)
+        assert content_of(tmp_path / "run") == before
+        first.kill()
+    train(config, tmp_path / "run", resume=True)
 
 
 def test_resuming_from_moved_text_is_the_same_run(tmp_path):
@@ -194,8 +240,10 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, file):
     config = tiny_run(tmp_path)
     path = train(config, tmp_path / "run").checkpoint / file
     path.write_bytes(path.read_bytes()[:20])
+    before = content_of(tmp_path / "run")
     with pytest.raises(ValueError, match=file):
         train(change(config, None, ["train.steps=14"]), tmp_path / "run", resume=True)
+    assert content_of(tmp_path / "run") == before
 
 
 def test_checkpoints_hold_safetensors_and_json_only(tmp_path):

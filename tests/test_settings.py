@@ -84,6 +84,8 @@ def test_none_stands_for_a_missing_value():
         ("data.sequence_length=9999", "is over model.max_position_embeddings"),
         ("model.vocab_size=512", "bytes have exactly 256 tokens"),
         ("model.vocab_size=100", "must be at least 256"),
+        ("data.tokenizer=bpe", 'model.vocab_size=256 with data.tokenizer="bpe" must be at least 258'),
+        ("data.tokenizer=bpe", "Set model.vocab_size=4096"),
         ("model.num_experts_per_tok=9", "num_experts_per_tok=9 must be between 1 and num_experts=4"),
     ],
 )

@@ -80,3 +80,23 @@ def test_bpe_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match="pip install"):
         load_tokens(tiny_run(tmp_path, "data.tokenizer=bpe", "model.vocab_size=300"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    large = BPETokenizer.train(TEXTS * 5, 320)
+    config = tiny_run(tmp_path, "data.tokenizer=bpe", "model.vocab_size=300")
+    with pytest.raises(ValueError, match=r"has 320 tokens, more than model\.vocab_size=300"):
+        load_tokens(config, tokenizer=large)
+
+
+def test_a_file_that_changes_before_a_tokenizer_is_learnt_from_it_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    config = tiny_run(tmp_path, "data.tokenizer=bpe", "model.vocab_size=300")
+    found = find_corpus(config.data)
+    path = found.train[0].path
+    path.write_bytes(path.read_bytes().replace(b" ", b"_", 1))
+    monkeypatch.setattr("moe.train.tokens.find_corpus", lambda config: found)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        load_tokens(config)
+    assert not list((tmp_path / "cache").iterdir())

@@ -13,6 +13,7 @@ from moe.train import loop as loop_module
 from moe.train import trainer as trainer_module
 from moe.train.data import Windows
 from moe.train.evaluate import compressors, evaluate, evaluated_text
+from moe.train.header import estimate_memory
 from moe.train.loop import train
 from moe.train.metrics import NonFiniteError, count, describe_loads, duration
 from moe.train.run_folder import RunFolder
@@ -46,7 +47,7 @@ def test_the_loss_goes_down(finished):
 def test_the_run_folder_is_complete(finished):
     result, _, run = finished
     names = {path.name for path in run.path.iterdir()}
-    assert names == {"run_config.json", "env.json", "corpus.json", "metrics.jsonl", "checkpoints"}
+    assert names == {"run_config.json", "env.json", "corpus.json", "metrics.jsonl", "checkpoints", ".lock"}
     files = {path.name for path in result.checkpoint.iterdir()}
     assert files == {"config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
     assert [path.name for path in run.checkpoints()] == ["step_00000030", "step_00000040"]
@@ -176,6 +177,12 @@ def test_the_selection_bias_moves_once_a_step_towards_idle_experts(tmp_path):
         torch.testing.assert_close(router.e_score_correction_bias.double(), step - step.mean())
 
 
+def test_a_step_needs_no_float64_which_an_apple_gpu_lacks(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(torch.Tensor, "double", None)
+    trainer.step()
+
+
 def test_gradients_are_clipped_to_the_limit(tmp_path):
     trainer = make_trainer(tmp_path, "optim.clip=1e-3", "optim.lr=0.0")
     trainer.optimizer.step = lambda: norms.append(  # pyright: ignore[reportAttributeAccessIssue]
@@ -223,7 +230,7 @@ def test_router_logits_that_are_not_finite_stop_the_step_and_name_the_layer(tmp_
     trainer.step()
     poison(trainer, layer)
     with pytest.raises(
-        NonFiniteError, match=f"step 1: the router logits of layer {layer} became NaN or infinite"
+        NonFiniteError, match=f"step 2: the router logits of layer {layer} became NaN or infinite"
     ):
         trainer.step()
 
@@ -231,7 +238,7 @@ def test_router_logits_that_are_not_finite_stop_the_step_and_name_the_layer(tmp_
 def test_a_layer_number_counts_dense_layers(tmp_path):
     trainer = make_trainer(tmp_path, "model.first_k_dense_replace=1", "model.intermediate_size=32")
     poison(trainer, 1)
-    with pytest.raises(NonFiniteError, match="step 0: the router logits of layer 1"):
+    with pytest.raises(NonFiniteError, match="step 1: the router logits of layer 1"):
         trainer.step()
 
 
@@ -239,7 +246,7 @@ def test_a_loss_that_is_not_finite_is_named_too(tmp_path):
     trainer = make_trainer(tmp_path)
     with torch.no_grad():
         trainer.model.model.norm.weight.fill_(float("inf"))
-    with pytest.raises(NonFiniteError, match="step 0: the loss became"):
+    with pytest.raises(NonFiniteError, match="step 1: the loss became"):
         trainer.step()
 
 
@@ -252,12 +259,60 @@ def test_after_a_nan_the_last_good_checkpoint_is_kept_and_named(tmp_path, monkey
 
     monkeypatch.setattr(loop_module, "Trainer", Breaking)
     with pytest.raises(
-        NonFiniteError, match=r"step 11: .* layer 0 .*last good checkpoint is .*step_00000010.*optim\.lr"
+        NonFiniteError, match=r"step 12: .* layer 0 .*last good checkpoint is .*step_00000010.*optim\.lr"
     ):
         train(tiny_run(tmp_path), tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     assert [path.name for path in run.checkpoints()] == ["step_00000010"]
     assert all(torch.isfinite(t).all() for t in open_run(run.path).model.state_dict().values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    before = trainer.model.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(NonFiniteError, match="step 1: the gradient norm became"):
+        trainer.step()
+    assert torch.equal(trainer.model.model.embed_tokens.weight, before)
+
+
+@pytest.mark.parametrize("steps", [1, 12], ids=["last step", "middle"])
+def test_a_step_that_ruins_the_weights_fails_and_is_never_saved(tmp_path, steps):
+    config = tiny_run(
+        tmp_path,
+        f"train.steps={steps}",
+        "optim.lr=1e38",
+        *("optim.warmup_steps=0", "train.log_every=1", "train.checkpoint_every=1", "train.eval_every=0"),
+    )
+    with pytest.raises(NonFiniteError, match=r"step 1: the validation loss became .*no checkpoint yet"):
+        train(config, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert not run.checkpoints()
+    assert not {"NaN", "Infinity"} & set(run.metrics_file.read_text().replace(",", " ").split())
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.step()
+    with torch.no_grad():
+        trainer.model.model.embed_tokens.weight[1, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"embed_tokens\.weight became NaN"):
+        trainer.save(RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_hold_no_number_that_json_lacks(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        RunFolder(tmp_path).append_metrics({"loss": float("nan")})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_memory_estimate_counts_in_the_dtype_of_the_run(tmp_path):
+    config = tiny_run(tmp_path)
+    activations = [
+        estimate_memory(config, 0, dtype) for dtype in (torch.float32, torch.bfloat16)
+    ]  # without parameters
+    assert activations[0] == 2 * activations[1] > 0
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -280,6 +335,21 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monke
     run = RunFolder(tmp_path / "run")
     assert [path.name for path in run.checkpoints_folder.iterdir()] == ["step_00000010"]
     assert train(config, run.path, resume=True).checkpoint.name == "step_00000012"
+
+
+@pytest.mark.parametrize(("place", "name"), [("run", "--out"), ("cache", r"data\.cache")])
+def test_a_folder_to_write_into_inside_the_text_is_refused_before_anything_is_written(tmp_path, place, name):
+    places = {"run": tmp_path / "run", "cache": tmp_path / "cache", place: tmp_path / "text" / "deep"}
+    config = tiny_run(tmp_path, f'data.cache="{places["cache"]}"')
+    with pytest.raises(ValueError, match=rf"{name}=.*deep' is inside data\.folder=.*outside it with {name}"):
+        train(config, places["run"])
+    assert not any(path.exists() for path in places.values())
+
+
+def test_a_hidden_folder_inside_the_text_is_no_text(tmp_path):
+    config = tiny_run(tmp_path, f'data.cache="{tmp_path / "text" / ".cache"}"', "train.steps=1")
+    train(config, tmp_path / "text" / ".runs" / "first")
+    assert train(config, tmp_path / "run").corpus.manifest["train"]["files"] < 12
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path):

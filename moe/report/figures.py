@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe.train.files import read_json
+from moe.checkpoint import read_json
 from moe.train.run_folder import RunFolder
 
 BLUE, ORANGE, GREEN, GREY = "#2b5c8a", "#d1662a", "#3c7a4e", "#8a8a8a"

@@ -9,25 +9,29 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from moe.train.settings import DataConfig
 
-PIECE_BYTES = 8 << 20  # of a file held in memory at once
+PIECE_BYTES = 1 << 20  # of a file held in memory at once
 TEST_FOLDERS = ("test", "tests", "idle_test")
 PACKAGE_FOLDERS = ("site-packages", "dist-packages", "__pycache__")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The bytes `start` to `stop` - 1 of a file; `digest` is the SHA-256 of the whole file."""
+    """The bytes `start` to `stop` - 1 of a file.
+
+    `digest` (SHA-256) and `file_size` are those of the whole file when it was listed.
+    """
 
     path: Path
     digest: str
     start: int
     stop: int
+    file_size: int
 
     @property
     def size(self) -> int:
@@ -73,7 +77,7 @@ def find_corpus(config: DataConfig) -> Corpus:
     found = skipped = 0
     for path in list_files(root, config):
         try:
-            digest, size = _digest(path, check_utf8=config.encoding == "utf-8")
+            digest, size = digest_file(path, check_utf8=config.encoding == "utf-8")
         except NotUTF8Error:
             if config.folder is not None:
                 raise
@@ -81,7 +85,7 @@ def find_corpus(config: DataConfig) -> Corpus:
             continue
         if size:
             found += 1
-            by_digest.setdefault(digest, Document(path, digest, 0, size))
+            by_digest.setdefault(digest, Document(path, digest, 0, size, size))
     if not by_digest:
         wanted = f" whose name ends in {' or '.join(config.suffixes)}" if config.suffixes else ""
         raise ValueError(
@@ -154,8 +158,13 @@ def _raise_unreadable(error: OSError) -> None:
     )
 
 
-def _digest(path: Path, *, check_utf8: bool) -> tuple[str, int]:
-    """SHA-256 and size of a file, reading it once."""
+def digest_file(path: Path, *, check_utf8: bool = False) -> tuple[str, int]:
+    """SHA-256 and size of a file, reading it once.
+
+    Raises:
+        PermissionError: it cannot be read.
+        NotUTF8Error: with `check_utf8`; names the byte.
+    """
     total, size = hashlib.sha256(), 0
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _open(path) as file:
@@ -205,7 +214,7 @@ def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Docu
     cut = middle + line + 1 if 0 <= line < len(rest) - 1 else middle + _character(rest)
     parts = [(0, cut), (cut, document.size)]
     train, validation = (
-        [Document(document.path, document.digest, *part)] if part[0] < part[1] else [] for part in parts
+        [replace(document, start=start, stop=stop)] if start < stop else [] for start, stop in parts
     )
     return train, validation
 

@@ -26,23 +26,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Replace a JSON file as a whole; floats come back bit for bit."""
-    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode("utf-8"))
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Replace a JSON file as a whole; floats come back bit for bit.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON.
+        ValueError: a number that is NaN or infinite: JSON has none.
+        OSError: as `write_bytes`.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode("utf-8"))
 
 
 def full_disk_error(error: OSError, path: Path) -> OSError:

@@ -33,7 +33,7 @@ def header(config: RunConfig, corpus: TokenisedCorpus, device: torch.device, dty
         f"sha256 {corpus.manifest['digest'][:12]}",
         f"run: {config.train.steps} steps of {count(step_tokens)} tokens = {count(tokens)} tokens, "
         f"{tokens / train['tokens']:.2f} epochs",
-        f"memory: about {estimate_memory(config, parameters.total) / 1e9:.2f} GB",
+        f"memory: about {estimate_memory(config, parameters.total, dtype) / 1e9:.2f} GB",
         *machine_lines(device, dtype),
     ]
 
@@ -45,21 +45,20 @@ def machine_lines(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [f"device: {device_name(device)}, {str(dtype).removeprefix('torch.')}; backend auto = {backends}"]
 
 
-def estimate_memory(config: RunConfig, parameters: int) -> float:
+def estimate_memory(config: RunConfig, parameters: int, dtype: torch.dtype) -> float:
     """Bytes of weights, gradients, Adam's moments and the activations kept for the backward pass.
 
     Activations are a rough count: about 12 d-wide tensors of attention and norms a layer, x and the
-    pre-activations of the chosen experts (2 d + 4 k h bytes in bf16), and the logits.
+    pre-activations of the chosen experts (2 d + 4 k h bytes in bf16), and the logits, all in `dtype`.
     """
     model = config.model
-    item = 4 if config.train.precision == "float32" else 2
     tokens = config.train.batch_size // config.train.accumulation * config.data.sequence_length
     widths = (
         12 * model.hidden_size * model.num_hidden_layers
         + sum(_feed_forward_width(model))
         + 2 * model.vocab_size
     )
-    return ADAM_BYTES * parameters + item * tokens * widths
+    return ADAM_BYTES * parameters + dtype.itemsize * tokens * widths
 
 
 def _feed_forward_width(model: DecoderConfig) -> Sequence[int]:

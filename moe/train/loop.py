@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from moe.decoder import Decoder
-from moe.doctor import environment
 from moe.parameters import flops_per_token
+from moe.train.claim import check_outside_corpus, locked, record_environment
 from moe.train.data import Windows
 from moe.train.device import check_backend, choose_device, memory_in_use, peak_flops
-from moe.train.evaluate import evaluate
-from moe.train.files import write_json
+from moe.train.evaluate import Evaluation, evaluate
 from moe.train.header import header
 from moe.train.metrics import NonFiniteError, eval_line, train_line
 from moe.train.run_folder import RunFolder
 from moe.train.settings import RunConfig
 from moe.train.tensorboard import open_tensorboard
 from moe.train.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, save_tokenizer
-from moe.train.tokens import load_tokens
+from moe.train.tokens import TokenisedCorpus, load_tokens
 from moe.train.trainer import Trainer, deterministic
 
 Log = Callable[[str], None]
@@ -29,12 +28,13 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
-    """A finished run: its folder, its last checkpoint, the model and the last validation record."""
+    """A finished run: its folder, its last checkpoint, the model, the last validation record, its text."""
 
     folder: Path
     checkpoint: Path
     model: Decoder
     validation: dict[str, Any]
+    corpus: TokenisedCorpus
 
 
 def train(
@@ -43,35 +43,46 @@ def train(
     """Run to the last step, from the beginning or from the newest checkpoint of the folder.
 
     Each text line of the run goes to `log`. Killed at any moment, the folder holds the last checkpoint.
+    A run that is refused leaves its folder as it was.
 
     Raises:
         FileExistsError: the folder holds another run.
+        BlockingIOError: another process trains in the folder.
         ValueError, OSError: settings, data, checkpoints or disk (see `load_tokens`, `RunFolder`).
-        NonFiniteError: the loss or router logits are not finite.
+        NonFiniteError: the loss, the gradient, a weight or router logits are not finite.
     """
     run = RunFolder(folder)
     device = choose_device(config.train.device)
     check_backend(config.train, device)
+    check_outside_corpus(config, folder)
+    if resume:
+        run.check_resume(config)
+    else:
+        run.check_free()
     known = known_tokenizer(run, config) if resume else None
     corpus = load_tokens(config, tokenizer=known, log=log)  # refuses bad data before a folder is claimed
-    if resume:
-        checkpoint = run.resume(config)
-    else:
-        checkpoint = None
-        run.start(config)
-    run.claim_corpus(corpus.manifest)
-    save_tokenizer(corpus.tokenizer, folder)
-    write_json(folder / "env.json", environment(device))
-    with deterministic(device):
+    with locked(folder), deterministic(device):
+        if not resume:
+            run.start(config)
+        run.claim_corpus(corpus.manifest)
         trainer = Trainer(config, Windows(corpus.train, config.data.sequence_length))
         for line in header(config, corpus, trainer.device, trainer.dtype):
             log(line)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            log(f"resuming after step {trainer.progress.step} from {checkpoint}")
-        validation = Windows(corpus.validation, config.data.sequence_length)
-        ratio = corpus.manifest["train"]["bytes"] / corpus.manifest["train"]["tokens"]
-        return Loop(trainer, run, validation, corpus.tokenizer, ratio, log).run_to_end()
+        if resume:
+            go_on(trainer, run, log)
+        save_tokenizer(corpus.tokenizer, folder)
+        record_environment(folder, device, log)
+        return Loop(trainer, run, corpus, log).run_to_end()
+
+
+def go_on(trainer: Trainer, run: RunFolder, log: Log) -> None:
+    """Restore the newest checkpoint, if there is one; only then is the folder changed."""
+    run.check_resume(trainer.config)  # again: now the folder is locked
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        log(f"resuming after step {trainer.progress.step} from {checkpoint}")
+    run.resume(trainer.config)
 
 
 def known_tokenizer(run: RunFolder, config: RunConfig) -> Tokenizer | None:
@@ -81,19 +92,13 @@ def known_tokenizer(run: RunFolder, config: RunConfig) -> Tokenizer | None:
 
 
 class Loop:
-    """Steps and what is due after each of them. `bytes_per_token` turns nats into bits per byte."""
+    """Steps and what is due after each of them."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        run: RunFolder,
-        validation: Windows,
-        tokenizer: Tokenizer,
-        bytes_per_token: float,
-        log: Log,
-    ) -> None:
-        self.trainer, self.run, self.log = trainer, run, log
-        self.validation, self.tokenizer, self.bytes_per_token = validation, tokenizer, bytes_per_token
+    def __init__(self, trainer: Trainer, run: RunFolder, corpus: TokenisedCorpus, log: Log) -> None:
+        self.trainer, self.run, self.corpus, self.log = trainer, run, corpus, log
+        self.validation = Windows(corpus.validation, trainer.config.data.sequence_length)
+        train = corpus.manifest["train"]
+        self.bytes_per_token = train["bytes"] / train["tokens"]  # turns nats into bits per byte
         self.settings = trainer.config.train
         self.flops = 3 * flops_per_token(trainer.config.model, trainer.config.data.sequence_length)
         self.tensorboard = open_tensorboard(self.settings, run.path, trainer.progress.step)
@@ -113,12 +118,12 @@ class Loop:
                     if self._due(settings.eval_every):
                         self._validate()
                     if self._due(settings.checkpoint_every):
-                        self.trainer.save(self.run)
+                        self._save()
                     steps_in_interval, started = 0, time.perf_counter()
         checkpoint = self.run.latest_checkpoint()
         if checkpoint is None:
             raise FileNotFoundError(f"{self.run.path} has no checkpoint, although all steps are done.")
-        return TrainResult(self.run.path, checkpoint, self.trainer.model, self.last_validation)
+        return TrainResult(self.run.path, checkpoint, self.trainer.model, self.last_validation, self.corpus)
 
     def _due(self, every: int) -> bool:
         step = self.trainer.progress.step
@@ -167,15 +172,29 @@ class Loop:
         self._record(record)
         self.log(train_line(record, self.settings.steps, self.trainer.config.model))
 
-    def _validate(self) -> None:
+    def _save(self) -> None:
+        """Write a checkpoint, unless the model's numbers are not finite any more."""
+        self._measure(1)
+        with self._explained():
+            self.trainer.save(self.run)
+
+    def _measure(self, max_tokens: int) -> Evaluation:
         result = evaluate(
             self.trainer.model,
             self.validation,
-            self.tokenizer,
-            max_tokens=self.settings.eval_tokens,
+            self.corpus.tokenizer,
+            max_tokens=max_tokens,
             spread_over=self.settings.final_eval_tokens,
             dtype=self.trainer.dtype,
         )
+        if not math.isfinite(result.loss):
+            with self._explained():
+                step = self.trainer.progress.step
+                raise NonFiniteError(f"step {step}: the validation loss became NaN or infinite.")
+        return result
+
+    def _validate(self) -> None:
+        result = self._measure(self.settings.eval_tokens)
         progress = self.trainer.progress
         tokens = progress.step * self.settings.batch_size * self.trainer.config.data.sequence_length
         self.last_validation = {

@@ -15,20 +15,21 @@ _EMA = 0.8
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or router logits became NaN or infinite."""
+    """A loss, a gradient, a weight or router logits became NaN or infinite."""
 
 
 class Meter:
     """Sums over the steps of an interval; nothing is copied to the host before `read`.
 
     loads       (l e) pairs that chose each expert, for the l MoE layers
-    first_bad   (1 + l) the first step with a loss, or router logits of layer l, that are not finite
+    first_bad   (2 + l) the first step, from 0, with a gradient norm, a loss, or router logits of layer l
+                that are not finite
     """
 
     def __init__(self, config: DecoderConfig, device: torch.device) -> None:
         self.config = config
         self.layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
-        self.first_bad = torch.full((1 + len(self.layers),), _NEVER, device=device)
+        self.first_bad = torch.full((2 + len(self.layers),), _NEVER, device=device)
         self.device = device
         self.reset()
 
@@ -46,10 +47,10 @@ class Meter:
     @torch.no_grad()
     def add_part(self, step: int, loss: DecoderLoss, share: float) -> Tensor:
         """Count one forward pass, a `share` of its step; returns the pairs of each expert (l e)."""
-        self.losses += share * torch.stack([loss.total, loss.cross_entropy, loss.balance, loss.z]).float()
+        losses = torch.stack([loss.total, loss.cross_entropy, loss.balance, loss.z]).float()
+        self.losses += share * losses
         logits = [routing.logits.detach() for routing in loss.routings]
-        checked = torch.stack([loss.total.detach().float(), *(x.float().sum() for x in logits)])
-        self.first_bad = torch.where(checked.isfinite() | (self.first_bad < _NEVER), self.first_bad, step)
+        self._note_bad(step, self.first_bad[1:], losses.sum(), *(x.float().sum() for x in logits))
         if not logits:
             return self.loads.new_zeros(0)
         self.largest_logit = torch.maximum(self.largest_logit, torch.stack([x.abs().max() for x in logits]))
@@ -59,24 +60,31 @@ class Meter:
         return loads
 
     @torch.no_grad()
-    def add_step(self, grad_norm: Tensor) -> None:
+    def add_step(self, step: int, grad_norm: Tensor) -> None:
         """Count one optimizer step."""
         self.steps += 1
         self.grad_norm += grad_norm
+        self._note_bad(step, self.first_bad[:1], grad_norm)
 
     def check(self) -> None:
         """Refuse to go on with numbers that are not finite.
 
         Raises:
-            NonFiniteError: names the first step and the lowest layer.
+            NonFiniteError: names the first step, from 1 as in the log, and the lowest layer.
         """
         steps = self.first_bad.tolist()
         first = min(steps)
         if first == _NEVER:
             return
-        bad_layers = [layer for layer, step in zip(self.layers, steps[1:], strict=True) if step == first]
-        what = f"the router logits of layer {bad_layers[0]}" if bad_layers else "the loss"
-        raise NonFiniteError(f"step {first}: {what} became NaN or infinite.")
+        bad_layers = [layer for layer, step in zip(self.layers, steps[2:], strict=True) if step == first]
+        other = "the loss" if steps[1] == first else "the gradient norm"
+        what = f"the router logits of layer {bad_layers[0]}" if bad_layers else other
+        raise NonFiniteError(f"step {first + 1}: {what} became NaN or infinite.")
+
+    def _note_bad(self, step: int, first_bad: Tensor, *checked: Tensor) -> None:
+        """Write `step` into `first_bad`, a view, where a number is not finite for the first time."""
+        fine = torch.stack(checked).isfinite() | (first_bad < _NEVER)
+        first_bad.copy_(torch.where(fine, first_bad, step))
 
     def read(self) -> dict[str, Any]:
         """The interval's means as plain data, and a new interval begun."""
@@ -96,6 +104,7 @@ class Meter:
 
 def describe_loads(loads: Tensor, kept: Tensor) -> dict[str, Any]:
     """Balance of the layers (l e): load over ideal load, MaxVio of each, dead experts, dropped share."""
+    loads = loads.cpu()  # an Apple GPU has no float64
     ideal = loads.double().mean(-1, keepdim=True).clamp(min=1)
     pairs = loads.sum().item()
     return {

@@ -1,7 +1,8 @@
 """The folder that a run leaves: complete at every moment, whenever the process is killed.
 
     run_config.json   the settings, written before anything else
-    env.json          versions and device
+    env.json          versions and device when it began
+    .lock             held by the process that trains
     corpus.json       which text, as digests
     tokenizer.json    BPE only
     metrics.jsonl     one JSON object a line; on resume cut back to the checkpoint's step
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor
 
 from moe.atomic import atomic_folder
-from moe.checkpoint import load_tensors, save_tensors
+from moe.checkpoint import load_tensors, read_json, save_tensors
 from moe.decoder import Decoder
-from moe.train.files import full_disk_error, read_json, write_bytes, write_json
+from moe.train.files import full_disk_error, write_bytes, write_json
 from moe.train.metrics import Progress
 from moe.train.settings import CHANGEABLE_ON_RESUME, RunConfig, differences
 
@@ -42,8 +43,8 @@ class RunFolder:
         self.corpus_file = path / "corpus.json"
         self.checkpoints_folder = path / "checkpoints"
 
-    def start(self, config: RunConfig) -> None:
-        """Claim the folder for a new run.
+    def check_free(self) -> None:
+        """Make sure that a new run may have the folder; changes nothing.
 
         Raises:
             FileExistsError: it holds another run, or other files.
@@ -58,15 +59,20 @@ class RunFolder:
             )
         if self.path.exists() and any(not item.name.startswith(".") for item in self.path.iterdir()):
             raise FileExistsError(f"{self.path} holds other files. Give a new or an empty folder with --out.")
+
+    def start(self, config: RunConfig) -> None:
+        """Claim the folder for a new run; raises as `check_free`."""
+        self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.config_file, config.to_dict())
 
-    def resume(self, config: RunConfig) -> Path | None:
-        """The checkpoint to go on from, or None when the run was killed before its first.
+    def check_resume(self, config: RunConfig) -> None:
+        """Make sure that the run can go on with these settings; changes nothing.
 
         Raises:
             FileNotFoundError: the folder holds no run.
-            ValueError: the settings differ in a key that decides what is computed.
+            ValueError: the settings differ in a key that decides what is computed, or have fewer steps than
+                are done.
         """
         changed = differences(self.read_config(), config)
         refused = [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items() if k not in CHANGEABLE_ON_RESUME]
@@ -76,12 +82,20 @@ class RunFolder:
                 f"Resume it with its own, or start a new run with --out. "
                 f"These may change: {', '.join(CHANGEABLE_ON_RESUME)}."
             )
+        latest = self.latest_checkpoint()
+        if latest is not None and config.train.steps < step_of(latest):
+            raise ValueError(
+                f"train.steps={config.train.steps} is below the {step_of(latest)} steps that the run in "
+                f"{self.path} has done. Give at least as many, or start a new run with --out."
+            )
+
+    def resume(self, config: RunConfig) -> None:
+        """Go on after the newest checkpoint: drop what was logged later, keep the settings."""
         for leftover in self.checkpoints_folder.glob(".step_*"):  # of a writer that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         latest = self.latest_checkpoint()
         self.cut_metrics(0 if latest is None else step_of(latest))
         write_json(self.config_file, config.to_dict())
-        return latest
 
     def read_config(self) -> RunConfig:
         """The settings of the run.
@@ -145,10 +159,12 @@ class RunFolder:
 
         Raises:
             OSError: no space left on disk.
+            ValueError: a number that is NaN or infinite: JSON has none.
         """
+        line = json.dumps(record, allow_nan=False) + "\n"
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

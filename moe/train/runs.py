@@ -15,7 +15,7 @@ from moe.train.files import write_json
 from moe.train.run_folder import RunFolder, step_of
 from moe.train.settings import RunConfig
 from moe.train.tokenizer import Tokenizer, load_tokenizer
-from moe.train.tokens import load_tokens
+from moe.train.tokens import TokenisedCorpus, load_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,14 +49,20 @@ def open_run(folder: Path, *, checkpoint: str | None = None, device: str | None 
 
 
 def evaluate_run(
-    run: Run, *, max_tokens: int | None = None, log: Callable[[str], None] = lambda line: None
+    run: Run,
+    *,
+    max_tokens: int | None = None,
+    corpus: TokenisedCorpus | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Validation loss and bits per byte beside gzip and xz on the same bytes; also written to eval.json.
+
+    corpus: the tokens of the run where they are at hand; else they are found and verified again.
 
     Raises:
         ValueError: the text of the run changed since it began; or as `load_tokens`.
     """
-    corpus = load_tokens(run.config, tokenizer=run.tokenizer, log=log)
+    corpus = corpus or load_tokens(run.config, tokenizer=run.tokenizer, log=log)
     RunFolder(run.folder).claim_corpus(corpus.manifest)
     windows = Windows(corpus.validation, run.config.data.sequence_length)
     limit = run.config.train.final_eval_tokens if max_tokens is None else max_tokens
@@ -107,9 +113,9 @@ def sample_text(
     return tokenizer.decode(ids).decode("utf-8", errors="replace")
 
 
-def held_out_excerpt(run: Run, tokens: int = 160) -> str:
+def held_out_excerpt(run: Run, tokens: int = 160, *, corpus: TokenisedCorpus | None = None) -> str:
     """Text from the middle of the validation split, whole lines where they are short: a prompt never seen."""
-    validation = load_tokens(run.config, tokenizer=run.tokenizer).validation
+    validation = (corpus or load_tokens(run.config, tokenizer=run.tokenizer)).validation
     middle = len(validation) // 2
     text = run.tokenizer.decode(validation[middle : middle + tokens].tolist()).decode("utf-8", "ignore")
     first, last = text.find("\n") + 1, text.rfind("\n") + 1

@@ -17,6 +17,7 @@ Schedule = Literal["cosine", "wsd", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 BYTE_VOCABULARY = 256
+LEAST_BPE_VOCABULARY = BYTE_VOCABULARY + 2  # an end of text and one merge
 
 # Keys that may change when a run is resumed. All others decide what the next step computes.
 # A changed train.steps stretches the schedule, so the steps after the resume differ from the old plan.
@@ -153,6 +154,12 @@ class RunConfig:
             raise ValueError(
                 f'model.vocab_size={self.model.vocab_size} with data.tokenizer="bytes": bytes have exactly '
                 f'{BYTE_VOCABULARY} tokens. Set model.vocab_size={BYTE_VOCABULARY} or data.tokenizer="bpe".'
+            )
+        if self.data.tokenizer == "bpe" and self.model.vocab_size < LEAST_BPE_VOCABULARY:
+            raise ValueError(
+                f'model.vocab_size={self.model.vocab_size} with data.tokenizer="bpe" must be at least '
+                f"{LEAST_BPE_VOCABULARY}: {BYTE_VOCABULARY} bytes, an end of text and one merge. "
+                f"Set model.vocab_size=4096."
             )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(

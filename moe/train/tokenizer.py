@@ -134,7 +134,7 @@ def _tokenizers() -> Any:
         import tokenizers
     except ImportError:
         raise ImportError(
-            'data.tokenizer="bpe" needs the tokenizers package: pip install "sparse-moe[train]", '
-            'or train on bytes with data.tokenizer="bytes".'
+            "data.tokenizer=\"bpe\" needs the tokenizers package: pip install '.[train]' in a clone of the "
+            'repository, or train on bytes with data.tokenizer="bytes".'
         ) from None
     return tokenizers

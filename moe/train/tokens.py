@@ -8,21 +8,25 @@ Tokenising reads a few MB at a time, and training maps the files, so a corpus ma
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe.atomic import atomic_folder
-from moe.train.corpus import Corpus, Document, find_corpus, read_pieces
-from moe.train.files import read_json, write_bytes, write_json
+from moe.checkpoint import read_json
+from moe.train.corpus import Corpus, Document, digest_file, find_corpus, read_pieces
+from moe.train.files import write_bytes, write_json
 from moe.train.settings import RunConfig
 from moe.train.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 SPLITS = ("train", "validation")
 CACHE_VARIABLE = "SPARSE_MOE_CACHE"
+STALE_SECONDS = 3600  # a tokeniser that is alive writes far more often
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +51,15 @@ def load_tokens(
     `model.vocab_size` learnt from the training split.
 
     Raises:
-        ValueError, OSError: as `find_corpus`; or a corpus shorter than one sequence.
+        ValueError, OSError: as `find_corpus`; a corpus shorter than one sequence; a file that changes
+            meanwhile; a tokenizer with more tokens than the model.
         ImportError: BPE without the tokenizers package.
     """
     corpus = find_corpus(config.data)
     cache = cache_folder(config.data.cache)
     _make_folder(cache)
     tokenizer = tokenizer or _make_tokenizer(config, corpus, cache, log)
+    _check_vocabulary(tokenizer, config.model.vocab_size)
     folder = cache / f"tokens-{_key(corpus.digest, tokenizer.identity)}"
     if not is_intact(folder):
         size = sum(document.size for document in corpus.train + corpus.validation)
@@ -95,6 +101,7 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     """
     dtype = token_dtype(tokenizer.vocab_size)
     manifest: dict[str, Any] = {"digest": corpus.digest, "tokenizer": tokenizer.identity, "dtype": dtype.name}
+    _remove_stale(folder)
     own = folder.with_name(f".{folder.name}.{os.getpid()}")  # another process may be writing the same corpus
     with atomic_folder(own) as temporary:
         for name in SPLITS:
@@ -113,6 +120,17 @@ def _publish(own: Path, folder: Path) -> None:
         shutil.rmtree(own)
         if not is_intact(folder):
             raise
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed tokenisers left of this folder: `.NAME.PID` and `..NAME.PID.tmp-XXXXXXXX`."""
+    for left in list(folder.parent.glob(f"*{folder.name}.*")):
+        try:
+            newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+        except OSError:
+            continue  # another process is renaming it
+        if time.time() - newest > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -149,7 +167,7 @@ def _write_split(
     with file.open("wb") as out:
         for document in documents:
             pieces = _checked_pieces(document)
-            for ids in (*_encode(pieces, tokenizer), end):
+            for ids in chain(_encode(pieces, tokenizer), (end,)):
                 block = ids.astype(dtype).tobytes()
                 out.write(block)
                 total.update(block)
@@ -163,13 +181,18 @@ def _encode(pieces: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarra
 
 
 def _checked_pieces(document: Document) -> Iterator[bytes]:
-    """The pieces of a document; the digest is compared when the whole file went by."""
+    """The pieces of a document; when all went by, the file is compared with what it was when listed.
+
+    Raises:
+        ValueError: it changed.
+    """
     total = hashlib.sha256()
     for piece in read_pieces(document):
         total.update(piece)
         yield piece
-    whole = document.start == 0 and document.stop == document.path.stat().st_size
-    if whole and total.hexdigest() != document.digest:
+    same_size = document.path.stat().st_size == document.file_size
+    whole = document.size == document.file_size
+    if not same_size or document.digest != (total.hexdigest() if whole else digest_file(document.path)[0]):
         raise ValueError(f"{document.path} changed while it was read. Start again.")
 
 
@@ -180,13 +203,21 @@ def _make_tokenizer(config: RunConfig, corpus: Corpus, cache: Path, log: Callabl
     file = cache / f"bpe-{_key(corpus.digest, str(size))}.json"
     if not file.is_file():
         log(f"learning a tokenizer of {size} tokens from {sum(d.size for d in corpus.train) / 1e6:.1f} MB")
-        texts = (piece.decode("utf-8") for document in corpus.train for piece in read_pieces(document))
+        texts = (piece.decode("utf-8") for document in corpus.train for piece in _checked_pieces(document))
         write_bytes(file, BPETokenizer.train(texts, size).json.encode("utf-8"))
     return BPETokenizer(file.read_text(encoding="utf-8"))
 
 
 def _key(*words: str) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:24]
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={vocab_size}: "
+            f"every token needs a row of the embedding. Raise model.vocab_size or use another tokenizer."
+        )
 
 
 def _check_length(name: str, tokens: int, sequence: int, root: Path) -> None:

@@ -14,7 +14,7 @@ from moe.decoder import Decoder
 from moe.layer import MoE
 from moe.train.data import Windows, train_batch
 from moe.train.device import autocast, choose_device, choose_precision
-from moe.train.metrics import Meter, Progress
+from moe.train.metrics import Meter, NonFiniteError, Progress
 from moe.train.optim import (
     learning_rate,
     load_optimizer_tensors,
@@ -63,7 +63,9 @@ class Trainer:
         ]
         if self.device.type == "cpu":
             self.meter.check()
-        self.meter.add_step(self._clip())
+        self.meter.add_step(step, self._clip())
+        if self.device.type == "cpu":
+            self.meter.check()
         set_learning_rate(self.optimizer, self.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -77,8 +79,15 @@ class Trainer:
         return learning_rate(step, self.config.train.steps, self.config.optim)
 
     def save(self, run: RunFolder) -> Path:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        Raises:
+            NonFiniteError: a weight or a moment of the optimizer is not finite; nothing is written.
+        """
         tensors = optimizer_tensors(self.model, self.optimizer) | generator_tensors(self.device)
+        for name, tensor in (self.model.state_dict() | tensors).items():
+            if not tensor.isfinite().all():
+                raise NonFiniteError(f"step {self.progress.step}: {name} became NaN or infinite.")
         return run.save_checkpoint(self.model, tensors, self.progress, self.config.train.keep_checkpoints)
 
     def restore(self, checkpoint: Path) -> None:
