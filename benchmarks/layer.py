@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import layer_tables
-from benchmarks.accuracy import check, expected_of
-from benchmarks.candidates import Candidate, make_candidates, make_layer, why_not
+from benchmarks.accuracy import Expected, WrongResultError, check, expected_of
+from benchmarks.candidates import OURS, Candidate, make_candidates, make_layer, why_not
 from benchmarks.goals import judge
 from benchmarks.measure import (
     Budget,
@@ -98,8 +98,7 @@ def _measure_tokens(
             max_violation(load).item(),
         )
         runnable = _allowed(candidates, shape, result, weight.element_size())
-        for candidate in runnable:
-            check(candidate, expected, backward=backward)
+        runnable = [c for c in runnable if _is_right(c, expected, result)]
         works = {
             candidate.name: work_of(candidate, inputs, backward=backward, place=i / len(runnable))
             for i, candidate in enumerate(runnable)
@@ -112,6 +111,18 @@ def _measure_tokens(
                 if timing.runs > 1
             }
         yield result
+
+
+def _is_right(candidate: Candidate, expected: Expected, result: Result) -> bool:
+    """Whether a candidate may be timed. A peer's wrong result costs it its row; ours stops the benchmark."""
+    try:
+        check(candidate, expected, backward=result.cell.backward)
+    except WrongResultError as error:
+        if candidate.name == OURS:
+            raise
+        result.skipped[candidate.name] = str(error)
+        return False
+    return True
 
 
 def _allowed(candidates: list[Candidate], shape: Shape, result: Result, item_bytes: int) -> list[Candidate]:
