@@ -1,7 +1,7 @@
 """One sparse layer against whatever else computes it, and against the dense layer of equal active FLOPs.
 
-    python -m benchmarks.layer             all sizes: about 8 minutes on 2 cores
-    python -m benchmarks.layer --quick     the sizes of the goals: about 90 seconds
+    python -m benchmarks.layer             all sizes: about 20 minutes on 2 cores
+    python -m benchmarks.layer --quick     the sizes of the goals: about 2 minutes
 
 Prints Markdown tables and whether each speed goal is met, and writes benchmarks/results/layer_*.json; with
 --quick layer_quick_*.json, with any other selection layer_partial_*.json.
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few sizes, 90 seconds")
+    parser.add_argument("--quick", action="store_true", help="few sizes, two minutes")
     parser.add_argument("--shape", choices=SHAPES, default="cpu_small")
     parser.add_argument("--tokens", type=_numbers, help="such as 1,2048")
     parser.add_argument("--experts", type=_numbers, help="such as 16,256")
