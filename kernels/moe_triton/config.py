@@ -1,0 +1,196 @@
+"""Which tile, how many warps, how deep a pipeline: data, looked up from shapes alone; nothing is timed here.
+
+A table row says for one pass on one architecture: up to so many rows an expert, for experts of this size class,
+take this schedule. The user's own rows (benchmarks.tune writes them) come before the package's; where no row
+fits, `heuristic` answers.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from .launch import Target
+
+Pass = Literal["up", "down", "grad_pre", "grad_rows", "grad_down", "grad_up"]
+Size = Literal["small", "large"]
+PASSES: tuple[Pass, ...] = get_args(Pass)
+LARGE = 4 << 20  # numbers in one projection d h from which an expert counts as large
+MOST_ROWS = 1024  # batch-invariant schedules are those of this many rows an expert
+TABLES = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The schedule of one pass.
+
+    rows, outs, ins  tile of the rows, outputs and inputs; the one that is summed over is the step of the loop
+    group            row tiles of an expert that run side by side, so that they share a weight tile in the L2
+    persistent       (down, grad_rows) one program a multiprocessor walks over many tiles, instead of one program
+                     a tile; the passes that gather rows spill in that form
+    tma              weights and other dense operands by the tensor memory accelerator, where shapes allow it
+    swap             the weight is the left operand: tiles of fewer than 64 rows still fill Hopper's wgmma
+    splits           parts into which the summed axis is cut, added up later in a fixed order (few tiles only)
+    """
+
+    rows: int
+    outs: int
+    ins: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    persistent: bool = False
+    tma: bool = True
+    swap: bool = False
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "outs", "ins", "num_warps", "num_stages", "group", "splits"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer.")
+        for name in ("rows", "outs", "ins"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(
+                    f"{name}={value} must be a power of two, at least 16: the least that tl.dot takes."
+                )
+
+    def whole(self) -> "Config":
+        """The same schedule without splits."""
+        return self if self.splits == 1 else replace(self, splits=1)
+
+
+_overrides: ContextVar[dict[Pass, Config] | None] = ContextVar("overrides", default=None)
+
+
+@contextmanager
+def override(what: Pass, config: Config) -> Iterator[None]:
+    """Take this schedule for one pass, whatever the shapes: for tuning and for tests."""
+    token = _overrides.set({**(_overrides.get() or {}), what: config})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def choose_config(
+    what: Pass,
+    target: Target,
+    dtype: torch.dtype,
+    pairs: int,
+    num_experts: int,
+    d: int,
+    h: int,
+    *,
+    batch_invariant: bool = False,
+) -> Config:
+    """The schedule of a pass over p pairs of e experts (d -> h -> d).
+
+    batch_invariant: the same schedule for every number of pairs.
+    """
+    overrides = _overrides.get()
+    if overrides and what in overrides:
+        return overrides[what]
+    rows = MOST_ROWS if batch_invariant else max(1, pairs // max(1, num_experts))
+    config = _look_up(
+        what, target, dtype, rows, "small" if d * h < LARGE else "large", str(user_table(target))
+    )
+    return config if batch_invariant else _split(config, what, target, pairs, num_experts, d, h)
+
+
+@lru_cache(maxsize=4096)
+def _look_up(what: Pass, target: Target, dtype: torch.dtype, rows: int, size: Size, user: str) -> Config:
+    if dtype.itemsize == 2:
+        for path in (Path(user), TABLES / f"{target.name}.json"):
+            fitting = [row for row in read_table(path) if _fits(row, what, rows, size)]
+            if fitting:
+                return Config(**min(fitting, key=_bound)["config"])
+    return heuristic(what, target, dtype, rows)
+
+
+def _fits(row: dict[str, Any], what: Pass, rows: int, size: Size) -> bool:
+    return row["pass"] == what and row["size"] in (size, None) and rows <= _bound(row)
+
+
+def _bound(row: dict[str, Any]) -> float:
+    return float("inf") if row["max_rows_per_expert"] is None else row["max_rows_per_expert"]
+
+
+def user_table(target: Target) -> Path:
+    """Where a user's own rows for this target are: under $MOE_TRITON_TABLES or ~/.cache/sparse-moe/tables."""
+    folder = os.environ.get("MOE_TRITON_TABLES")
+    return (
+        Path(folder) if folder else Path.home() / ".cache" / "sparse-moe" / "tables"
+    ) / f"{target.name}.json"
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table file; none where there is no file.
+
+    Raises:
+        ValueError: a file that is not a table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    try:
+        rows = json.loads(text)
+        for row in rows:
+            Config(**row["config"])
+            if row["pass"] not in PASSES or row["size"] not in (*get_args(Size), None):
+                raise ValueError(f"pass={row['pass']!r}, size={row['size']!r}")
+            _bound(row)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no table of schedules ({error}). Mend it, or delete it.") from error
+    return rows
+
+
+def heuristic(what: Pass, target: Target, dtype: torch.dtype, rows: int) -> Config:
+    """A schedule for what no table knows: the tile as high as an expert has rows, as wide as fits."""
+    wide = dtype.itemsize == 2
+    loops_over_rows = what in ("grad_down", "grad_up")
+    if not wide:
+        return Config(32 if loops_over_rows else 32, 64, 64 if loops_over_rows else 32, 4, 2, tma=False)
+    if loops_over_rows:
+        return Config(64 if target.kind == "cuda" else 32, 128, 128, 8, 3 if target.kind == "cuda" else 2)
+    tile = min(128, max(16, 1 << (rows - 1).bit_length()))
+    if target.kind == "hip":
+        return Config(tile, 128, 32, 4, 2, tma=False)
+    outs = 64 if what == "grad_pre" and tile == 128 else 128
+    swap = tile < 64 and target.kind == "cuda" and target.arch == 90
+    return Config(tile, outs, 64, 8 if tile >= 64 else 4, 3, swap=swap)
+
+
+def _split(
+    config: Config, what: Pass, target: Target, pairs: int, num_experts: int, d: int, h: int
+) -> Config:
+    """Cut the summed axis of the down-projection while there are fewer tiles than half the multiprocessors."""
+    if what != "down" or pairs == 0:
+        return config
+    tiles = min(pairs, num_experts + pairs // config.rows) * -(-d // config.outs)
+    splits = config.splits
+    while splits < 8 and 2 * tiles * splits <= target.units and h >= 4 * splits * config.ins:
+        splits *= 2
+    return config if splits == config.splits else replace(config, splits=splits)
+
+
+def as_row(
+    what: Pass, max_rows: int | None, size: Size | None, config: Config, measured: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A table row as plain data."""
+    return {
+        "pass": what,
+        "max_rows_per_expert": max_rows,
+        "size": size,
+        "config": {f.name: getattr(config, f.name) for f in fields(config)},
+        "measured": measured,
+    }

@@ -1,0 +1,141 @@
+"""Level 1: rows times the weight of the expert that owns them, and the two gradients of that product."""
+
+import torch
+from torch import Tensor
+
+from .autocast import cast_to_autocast
+from .checks import check_grouped_linear, require_rank, require_same, require_shape
+from .config import Config, Pass, choose_config
+from .experts_ffn import empty_like_weight, in_rows
+from .grad_weight import grad_weight
+from .launch import target_of
+from .linear import linear
+from .rows import expert_sums, zero_rest
+from .tiles import Plan
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows (p i), weight (e o i) in any strides, bias (e o) -> (p o). Reference: moe.ops.reference.grouped_linear.
+
+    Rows offsets[e] and above belong to nobody and come out as 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    rows, weight, bias = cast_to_autocast(rows, weight, bias)
+    check_grouped_linear(rows, weight, offsets, bias)
+    leaves = (rows, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    if not needs_grad and type(rows) is Tensor and not (rows.is_meta or torch.compiler.is_compiling()):
+        return _product("down", rows, weight, offsets, bias)
+    return _grouped_linear(rows, weight, offsets, bias)
+
+
+def grouped_linear_grad_rows(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Gradient of the rows: grad (p o), weight (e o i) -> (p i); rows of nobody get 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    require_rank("weight", weight, "e o i")
+    check_grouped_linear(grad, weight.mT, offsets)
+    return _product("grad_rows", grad, weight.mT, offsets, None)
+
+
+def grouped_linear_grad_weight(
+    grad: Tensor, rows: Tensor, offsets: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """Gradient of the weight: grad (p o), rows (p i) -> (e o i); an expert without rows gets 0.
+
+    out (e o i), of any floating dtype and strides, is added to and returned: a main gradient in float32 takes
+    the sum over micro-batches without a copy in between.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    require_rank("grad", grad, "p o")
+    require_rank("rows", rows, "p i")
+    require_shape("rows", rows, (grad.shape[0], rows.shape[1]))
+    require_same(grad=grad, rows=rows)
+    shape = (offsets.shape[0] - 1, grad.shape[1], rows.shape[1])
+    if out is not None:
+        require_shape("out", out, shape)
+    accumulate = out is not None
+    out = grad.new_empty(shape) if out is None else out
+    grad, rows = in_rows(grad), in_rows(rows)
+    config = _config("grad_up", rows, *shape)
+    grad_weight(grad, rows, out, _plan(grad, offsets), config, accumulate=accumulate)
+    return out
+
+
+def _product(what: Pass, rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    rows = in_rows(rows)
+    y = linear(rows, weight, bias, _plan(rows, offsets), _config(what, rows, *weight.shape))
+    zero_rest(y, offsets)
+    return y
+
+
+def _plan(rows: Tensor, offsets: Tensor) -> Plan:
+    """Level 1 gathers nothing: a plan of rows that are where they should be."""
+    return Plan(rows[:, :1], rows[:, :1], offsets, 1, {})
+
+
+def _config(what: Pass, rows: Tensor, num_experts: int, outputs: int, inputs: int) -> Config:
+    """The schedule of the same pass of a whole layer, but whole: its parts are added in `combine`."""
+    config = choose_config(
+        what, target_of(rows.device), rows.dtype, rows.shape[0], num_experts, outputs, inputs
+    )
+    return config.whole()
+
+
+@torch.library.custom_op("moe_triton::grouped_linear", mutates_args=())
+def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    return _product("down", rows, weight, offsets, bias)
+
+
+@_grouped_linear.register_fake
+def _(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("moe_triton::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, weight and bias; empty where not needed."""
+    none, (needs_rows, needs_weight, needs_bias) = [rows.new_empty(0) for _ in range(3)], needs
+    grad, of_rows, of_weight, of_bias = in_rows(grad), *none
+    if needs_rows:
+        of_rows = _product("grad_rows", grad, weight.mT, offsets, None)
+    if needs_weight:
+        of_weight = empty_like_weight(weight)
+        config = _config("grad_up", rows, *weight.shape)
+        grad_weight(grad, in_rows(rows), of_weight, _plan(grad, offsets), config)
+    if needs_bias:
+        of_bias = expert_sums(grad, offsets, None, 1, None, dtype=rows.dtype)
+    return of_rows, of_weight, of_bias
+
+
+@_grouped_linear_backward.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs: list[bool]):
+    needs_rows, needs_weight, needs_bias = needs
+    return (
+        rows.new_empty(rows.shape if needs_rows else 0),
+        empty_like_weight(weight) if needs_weight else rows.new_empty(0),
+        rows.new_empty(weight.shape[:2] if needs_bias else 0),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _autograd(ctx, grad: Tensor):
+    rows, weight, offsets = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = _grouped_linear_backward(grad, rows, weight, offsets, needs)
+    of_rows, of_weight, of_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return of_rows, of_weight, None, of_bias
+
+
+_grouped_linear.register_autograd(_autograd, setup_context=_setup)

@@ -1,0 +1,87 @@
+"""Every kernel of this package is launched here, on a device that is asked for its kind once."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # what triton.jit looked at when it was applied
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What kernels are made for: kind, architecture (90 for sm_90, "gfx942"), number of multiprocessors."""
+
+    kind: Literal["cuda", "hip", "cpu"]
+    arch: int | str
+    units: int
+
+    @property
+    def name(self) -> str:
+        """Such as sm_90, gfx942 or cpu."""
+        return f"sm_{self.arch}" if self.kind == "cuda" else str(self.arch)
+
+
+_pretended: ContextVar[Target | None] = ContextVar("pretended", default=None)
+
+
+@contextmanager
+def pretend(target: Target) -> Iterator[None]:
+    """Choose schedules as if every tensor were on this target: to compile for a device that is not here."""
+    token = _pretended.set(target)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of a device."""
+    if (pretended := _pretended.get()) is not None:
+        return pretended
+    if device.type != "cuda":
+        return Target("cpu", "cpu", 4)
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _gpu(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> None:
+    """Run a kernel over a grid with its arguments by name; an empty grid is no launch.
+
+    The launch goes to the device of the first tensor, on torch's current stream.
+    """
+    if 0 not in grid:
+        run(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
+    """The launch itself; tests replace it to look at what would be launched."""
+    with _on_device_of(arguments):
+        kernel[grid](**arguments, **options)
+
+
+def _on_device_of(arguments: Mapping[str, Any]):
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

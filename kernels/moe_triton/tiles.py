@@ -1,0 +1,278 @@
+"""Tiles of rows: which expert owns which, and how a kernel finds, loads and multiplies its own.
+
+Every GEMM over rows has tiles of ROWS x OUTS. An expert with n rows has ceil(n / ROWS) of them, one under the
+other; tile numbers run over the experts in order, and inside an expert in groups of GROUP row tiles, so that
+programs that run together share weight tiles and rows in the L2 cache. The number of tiles is known on the
+device only; the grid has the largest number that the shapes allow, and spare programs end at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import Config
+from .launch import INTERPRETED, launch, target_of
+
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the raw bits of bf16
+SEARCHED_PAIRS = 1024  # up to here a program finds its expert by itself, which saves the launch of the map
+
+
+@triton.jit
+def tile_map_kernel(
+    offsets_ptr, tile_start_ptr, tile_expert_ptr,  # (e+1), (e+1), (bound)
+    E, BOUND, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program i < e: tile_start[i], and tile_expert[those of i] = i. Program e: the total, and e for the rest."""
+    i = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    is_expert = experts < E
+    starts = tl.load(offsets_ptr + experts, mask=is_expert, other=0)
+    ends = tl.load(offsets_ptr + experts + 1, mask=is_expert, other=0)
+    tiles = (ends - starts + ROWS - 1).to(tl.int32) // ROWS
+    first = tl.sum(tl.where(experts < i, tiles, 0))
+    own = tl.sum(tl.where(experts == i, tiles, 0))
+    last = tl.where(i == E, BOUND, first + own)
+    tl.store(tile_start_ptr + i, first)
+    for start in range(first, last, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        tl.store(tile_expert_ptr + tile, tl.full((BLOCK,), i, tl.int32), mask=tile < last)
+
+
+@triton.jit
+def count_tiles(
+    offsets_ptr, tile_start_ptr, E, OUT_TILES,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Number of tiles that have work."""
+    if EXPERTS == 0:
+        return tl.load(tile_start_ptr + E) * OUT_TILES
+    else:
+        experts = tl.arange(0, EXPERTS)
+        starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
+        ends = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
+        return tl.sum((ends - starts + ROWS - 1).to(tl.int32) // ROWS) * OUT_TILES
+
+
+@triton.jit
+def find_tile(
+    tile, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, OUT_TILES,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """The expert, first row, end of the expert's rows and output tile of a tile that has work.
+
+    With EXPERTS (a power of two, at least e) it is searched in the offsets, else read from the map.
+    """
+    row_tile = tile // OUT_TILES
+    if EXPERTS == 0:
+        expert = tl.load(tile_expert_ptr + row_tile)
+        first = tl.load(tile_start_ptr + expert)
+        tiles = tl.load(tile_start_ptr + expert + 1) - first
+    else:
+        experts = tl.arange(0, EXPERTS)
+        starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
+        ends = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
+        of_expert = (ends - starts + ROWS - 1).to(tl.int32) // ROWS
+        expert = tl.sum((tl.cumsum(of_expert, 0) <= row_tile).to(tl.int32))
+        first = tl.sum(tl.where(experts < expert, of_expert, 0))
+        tiles = tl.sum(tl.where(experts == expert, of_expert, 0))
+    within = tile - first * OUT_TILES
+    group = within // (GROUP * OUT_TILES)
+    height = min(tiles - group * GROUP, GROUP)
+    within = within - group * GROUP * OUT_TILES
+    start = tl.load(offsets_ptr + expert).to(tl.int32)
+    end = tl.load(offsets_ptr + expert + 1).to(tl.int32)
+    return expert, start + (group * GROUP + within % height) * ROWS, end, within // height
+
+
+@triton.jit
+def load_weight(
+    weight, expert, out_start, in_start, OUT_COUNT, IN_COUNT, stride_e, stride_o, stride_i,
+    OUTS: tl.constexpr, INS: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr,
+    EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
+):  # fmt: skip
+    """Tile (OUTS INS) of the weight (e o i) of one expert, 0 beyond its edges.
+
+    weight: a descriptor whose last axis is the contiguous one (IN_FIRST: it is o), or a pointer. EVEN_IN,
+    EVEN_OUT: no tile crosses that edge.
+    """
+    if TMA:
+        if IN_FIRST:
+            return weight.load([expert, in_start, out_start]).reshape(INS, OUTS).T
+        else:
+            return weight.load([expert, out_start, in_start]).reshape(OUTS, INS)
+    else:
+        outs = out_start + tl.arange(0, OUTS).to(tl.int64)
+        ins = tl.arange(0, INS).to(tl.int64)
+        tile = weight + expert.to(tl.int64) * stride_e + tl.cast(in_start, tl.int64) * stride_i
+        tile += outs[:, None] * stride_o + ins[None, :] * stride_i
+        if EVEN_IN and EVEN_OUT:
+            return tl.load(tile)
+        elif EVEN_IN:
+            return tl.load(tile, mask=(outs < OUT_COUNT)[:, None], other=0.0)
+        else:
+            return tl.load(
+                tile, mask=(outs < OUT_COUNT)[:, None] & (in_start + ins < IN_COUNT)[None, :], other=0.0
+            )
+
+
+@triton.jit
+def load_columns(rows, columns, COUNT, EVEN: tl.constexpr):
+    """Tile of some columns of rows given as pointers (ROWS 1); 0 beyond the last column unless EVEN."""
+    if EVEN:
+        return tl.load(rows + columns[None, :])
+    else:
+        return tl.load(rows + columns[None, :], mask=(columns < COUNT)[None, :], other=0.0)
+
+
+@triton.jit
+def product(rows, weight, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + rows (ROWS INS) @ weight (OUTS INS)^T; with SWAP acc is (OUTS ROWS)."""
+    if SWAP:
+        return dot(weight, rows.T, acc, PRECISION)
+    else:
+        return dot(rows, weight.T, acc, PRECISION)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32. PRECISION is for float32 operands: "ieee" or "tf32"."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, OUTS: tl.constexpr, SWAP: tl.constexpr):
+    """An empty accumulator."""
+    if SWAP:
+        return tl.zeros((OUTS, ROWS), tl.float32)
+    else:
+        return tl.zeros((ROWS, OUTS), tl.float32)
+
+
+@triton.jit
+def unswap(acc, SWAP: tl.constexpr):
+    """The accumulator as (ROWS OUTS)."""
+    if SWAP:
+        return acc.T
+    else:
+        return acc
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """The tensors of a routing plan, and the tile maps made from it so far, by tile height."""
+
+    pair_of_row: Tensor
+    row_of_pair: Tensor
+    offsets: Tensor
+    top_k: int
+    maps: dict[int, tuple[Tensor, Tensor]]
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts e."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs p."""
+        return self.pair_of_row.shape[0]
+
+    def tile_bound(self, rows: int) -> int:
+        """The most tiles of so many rows that p rows of e experts can make, whatever the routing."""
+        busy = min(self.num_experts, self.pairs)
+        return busy + (self.pairs - busy) // rows
+
+    def tile_arguments(self, config: Config) -> Mapping[str, Any]:
+        """What a kernel needs to find its tile."""
+        searched = self.pairs <= SEARCHED_PAIRS and self.num_experts <= SEARCHED_PAIRS
+        start, expert = (self.offsets, self.offsets) if searched else self._map(config.rows)
+        return {
+            "offsets_ptr": self.offsets,
+            "tile_start_ptr": start,
+            "tile_expert_ptr": expert,
+            "E": self.num_experts,
+            "EXPERTS": triton.next_power_of_2(self.num_experts) if searched else 0,
+        }
+
+    def _map(self, rows: int) -> tuple[Tensor, Tensor]:
+        if rows not in self.maps:
+            self.maps[rows] = make_tile_map(self.offsets, self.tile_bound(rows), rows)
+        return self.maps[rows]
+
+
+def make_tile_map(offsets: Tensor, bound: int, rows: int) -> tuple[Tensor, Tensor]:
+    """tile_start (e+1) and tile_expert (bound) for tiles of so many rows; spare tiles have expert e."""
+    num_experts = offsets.shape[0] - 1
+    start = offsets.new_empty(num_experts + 1, dtype=torch.int32)
+    expert = offsets.new_empty(bound, dtype=torch.int32)
+    arguments = {
+        "offsets_ptr": offsets,
+        "tile_start_ptr": start,
+        "tile_expert_ptr": expert,
+        "E": num_experts,
+        "BOUND": bound,
+        "ROWS": rows,
+        "EXPERTS": triton.next_power_of_2(num_experts),
+        "BLOCK": 128,
+    }
+    launch(tile_map_kernel, (num_experts + 1,), arguments)
+    return start, expert
+
+
+def weight_arguments(weight: Tensor, config: Config, *, width: int = 1) -> Mapping[str, Any]:
+    """weight (e o i) in any strides for `load_weight`: through a descriptor where the config and memory allow it.
+
+    width: tiles are width * config.outs outputs wide.
+    """
+    in_first = weight.stride(1) == 1 and weight.stride(2) != 1
+    view = weight.mT if in_first else weight
+    tile = (config.outs * width, config.ins)
+    box = [1, *(tile[::-1] if in_first else tile)]
+    tma = config.tma and has_descriptors(weight.device) and can_describe(view)
+    return {
+        "w": TensorDescriptor(view, list(view.shape), list(view.stride()), box) if tma else weight,
+        "w_stride_e": weight.stride(0),
+        "w_stride_o": weight.stride(1),
+        "w_stride_i": weight.stride(2),
+        "TMA": tma,
+        "IN_FIRST": in_first,
+    }
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether the tensor memory accelerator is there; the interpreter has it too."""
+    target = target_of(device)
+    return INTERPRETED or (target.kind == "cuda" and int(target.arch) >= 90)
+
+
+def can_describe(tensor: Tensor) -> bool:
+    """Whether the accelerator can address a tensor: last stride 1, others and the start on 16 bytes, no axis empty."""
+    item = tensor.element_size()
+    return (
+        tensor.stride(-1) == 1
+        and all(s > 0 and s * item % 16 == 0 for s in tensor.stride()[:-1])
+        and tensor.data_ptr() % 16 == 0
+        and tensor.numel() > 0
+        and tensor.shape[-1] * item >= 16
+    )
+
+
+def precision() -> str:
+    """How float32 operands are multiplied: exactly, or as tf32 when torch's own products are."""
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def programs(config: Config, tiles: int, device: torch.device) -> int:
+    """Programs of a launch: one a tile, or at most so many as run at once."""
+    if not config.persistent:
+        return tiles
+    return min(tiles, target_of(device).units * max(1, 8 // config.num_warps))

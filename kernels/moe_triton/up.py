@@ -1,0 +1,156 @@
+"""Up-projection of the experts with its activation, rows gathered on the way: pass 1 of the forward.
+
+pre[r] = W_up[e] x[token of r] + b_up[e], hidden[r] = act(pre[r]) for the rows r of expert e.
+x (t d), W_up (e 2h d) or (e h d) without a gate, pre (p 2h), hidden (p h). One tile of x meets a tile of the
+gate and one of the up-projection; nothing that is gathered is ever written (SonicMoE, 2512.14080).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activated
+from .config import choose_config
+from .launch import launch, target_of
+from .settings import Settings
+from .tiles import (
+    Plan,
+    count_tiles,
+    find_tile,
+    load_columns,
+    load_weight,
+    precision,
+    product,
+    unswap,
+    weight_arguments,
+    zeros,
+)
+
+
+@triton.jit
+def up_kernel(
+    x_ptr, w, bias_ptr, weights_ptr, pair_of_row_ptr, pre_ptr, hidden_ptr,
+    offsets_ptr, tile_start_ptr, tile_expert_ptr, E, D, H, OUT_TILES,
+    x_stride, w_stride_e, w_stride_o, w_stride_i, bias_stride_e, bias_stride_o, limit, alpha,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr,
+    KEEP_PRE: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
+    SWAP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """GATE: "none"; "halves", gate rows before up rows; "pairs", interleaved, in one accumulator twice as wide."""
+    WIDTH: tl.constexpr = 2 * OUTS if GATE == "pairs" else OUTS
+    PRE: tl.constexpr = 1 if GATE == "none" else 2
+    total = count_tiles(offsets_ptr, tile_start_ptr, E, OUT_TILES, ROWS, EXPERTS)
+    tile = tl.program_id(0)
+    if tile < total:
+        expert, row, end, out_tile = find_tile(
+            tile, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, OUT_TILES, ROWS, GROUP, EXPERTS
+        )
+        rows = row + tl.arange(0, ROWS)
+        pairs = tl.load(pair_of_row_ptr + tl.minimum(rows, end - 1)).to(tl.int32)
+        x_rows = x_ptr + (pairs // TOP_K).to(tl.int64)[:, None] * x_stride
+        out = out_tile * WIDTH
+        first, second = zeros(ROWS, WIDTH, SWAP), zeros(ROWS, WIDTH, SWAP)
+        for start in range(0, D, INS):
+            ins = start + tl.arange(0, INS)
+            x = load_columns(x_rows, ins, D, EVEN_IN)
+            tile_w = load_weight(
+                w, expert, out, start, PRE * H, D, w_stride_e, w_stride_o, w_stride_i,
+                WIDTH, INS, TMA, IN_FIRST, EVEN_IN, EVEN_OUT,
+            )  # fmt: skip
+            first = product(x, tile_w, first, SWAP, PRECISION)
+            if GATE == "halves":
+                tile_w = load_weight(
+                    w, expert, H + out, start, 2 * H, D, w_stride_e, w_stride_o, w_stride_i,
+                    WIDTH, INS, TMA, IN_FIRST, EVEN_IN, EVEN_OUT,
+                )  # fmt: skip
+                second = product(x, tile_w, second, SWAP, PRECISION)
+        first, second = unswap(first, SWAP), unswap(second, SWAP)
+        wide, outs = out + tl.arange(0, WIDTH), out_tile * OUTS + tl.arange(0, OUTS)
+        if SCALE:
+            scale = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+            first, second = first * scale, second * scale
+        if HAS_BIAS:
+            bias = bias_ptr + expert.to(tl.int64) * bias_stride_e
+            first += tl.load(bias + wide * bias_stride_o, mask=wide < PRE * H, other=0.0).to(tl.float32)[
+                None, :
+            ]
+            if GATE == "halves":
+                second += tl.load(bias + (H + wide) * bias_stride_o, wide < H, 0.0).to(tl.float32)[None, :]
+        has_row = (rows < end)[:, None]
+        if KEEP_PRE:
+            pre = pre_ptr + rows.to(tl.int64)[:, None] * (PRE * H) + wide[None, :]
+            limits = (wide < (H if GATE == "halves" else PRE * H))[None, :]
+            tl.store(pre, first.to(pre_ptr.dtype.element_ty), mask=has_row & limits)
+            if GATE == "halves":
+                tl.store(pre + H, second.to(pre_ptr.dtype.element_ty), mask=has_row & limits)
+        if GATE == "pairs":
+            first, second = first.reshape(ROWS, OUTS, 2).split()
+        hidden = activated(first, second, limit, alpha, ACTIVATION)
+        to = hidden_ptr + rows.to(tl.int64)[:, None] * H + outs[None, :]
+        tl.store(to, hidden.to(hidden_ptr.dtype.element_ty), mask=has_row & (outs < H)[None, :])
+
+
+def up(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    plan: Plan,
+    settings: Settings,
+    *,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """hidden (p h) and, with keep_pre, the pre-activation (p 2h), or (p h) without a gate.
+
+    x (t d) with a last stride of 1, weight (e o d) in any strides, bias (e o). weights (t k), contiguous: each
+    row is multiplied by its own before the bias is added, as if x had been (Llama 4); None elsewhere.
+    """
+    num_experts, width, d = weight.shape
+    h = width // 2 if settings.gate != "none" else width
+    target = target_of(x.device)
+    config = choose_config(
+        "up", target, x.dtype, plan.pairs, num_experts, d, h, batch_invariant=settings.batch_invariant
+    )
+    wide = 2 if settings.gate == "pairs" else 1
+    pre = x.new_empty(plan.pairs, width) if keep_pre else None
+    hidden = x.new_empty(plan.pairs, h)
+    out_tiles = triton.cdiv(h, config.outs)
+    arguments = {
+        "x_ptr": x,
+        "bias_ptr": x if bias is None else bias,
+        "weights_ptr": x if weights is None else weights,
+        "pair_of_row_ptr": plan.pair_of_row,
+        "pre_ptr": hidden if pre is None else pre,
+        "hidden_ptr": hidden,
+        "D": d,
+        "H": h,
+        "OUT_TILES": out_tiles,
+        "x_stride": x.stride(0),
+        "bias_stride_e": 0 if bias is None else bias.stride(0),
+        "bias_stride_o": 0 if bias is None else bias.stride(1),
+        "limit": settings.limit,
+        "alpha": settings.alpha,
+        "ACTIVATION": settings.activation,
+        "GATE": settings.gate,
+        "TOP_K": plan.top_k,
+        "HAS_BIAS": bias is not None,
+        "SCALE": weights is not None,
+        "KEEP_PRE": keep_pre,
+        "EVEN_IN": d % config.ins == 0,
+        "EVEN_OUT": h % config.outs == 0,
+        "SWAP": config.swap,
+        "PRECISION": precision(),
+        "ROWS": config.rows,
+        "OUTS": config.outs,
+        "INS": config.ins,
+        "GROUP": config.group,
+        **weight_arguments(weight, config, width=wide),
+        **plan.tile_arguments(config),
+    }
+    tiles = plan.tile_bound(config.rows) * out_tiles
+    launch(
+        up_kernel, (tiles,), arguments,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return hidden, pre
