@@ -156,18 +156,14 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 def heuristic(what: Pass, target: Target, dtype: torch.dtype, rows: int) -> Config:
     """A schedule for what no table knows: the tile as high as an expert has rows, as wide as fits."""
-    wide = dtype.itemsize == 2
     loops_over_rows = what in ("grad_down", "grad_up")
-    if not wide:
-        return Config(32 if loops_over_rows else 32, 64, 64 if loops_over_rows else 32, 4, 2, tma=False)
+    if dtype.itemsize != 2:
+        return Config(32, 64, 64 if loops_over_rows else 16, 4, 2, tma=False)
     if loops_over_rows:
-        return Config(64 if target.kind == "cuda" else 32, 128, 128, 8, 3 if target.kind == "cuda" else 2)
+        return Config(32, 128, 128, 8, 2, group=4)
     tile = min(128, max(16, 1 << (rows - 1).bit_length()))
-    if target.kind == "hip":
-        return Config(tile, 128, 32, 4, 2, tma=False)
-    outs = 64 if what == "grad_pre" and tile == 128 else 128
-    swap = tile < 64 and target.kind == "cuda" and target.arch == 90
-    return Config(tile, outs, 64, 8 if tile >= 64 else 4, 3, swap=swap)
+    swap = tile < 64 and target.kind == "cuda" and int(target.arch) >= 90
+    return Config(tile, 64 if tile == 128 else 128, 32, 8 if tile == 128 else 4, 2, swap=swap)
 
 
 def _split(

@@ -23,19 +23,11 @@ from .tiles import (
     load_weight,
     precision,
     product,
+    quarters,
     unswap,
     weight_arguments,
     zeros,
 )
-
-
-@triton.jit
-def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile's columns in four pieces, without leaving the registers."""
-    left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-    a, b = left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
-    c, d = right.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
-    return a, b, c, d
 
 
 @triton.jit

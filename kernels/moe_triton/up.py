@@ -21,10 +21,41 @@ from .tiles import (
     load_weight,
     precision,
     product,
+    quarters,
     unswap,
     weight_arguments,
     zeros,
 )
+
+
+@triton.jit
+def finish_columns(
+    first, second, scale, bias, row_start, has_row, out, pre_ptr, hidden_ptr, H, bias_stride_o, limit, alpha,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr,
+    KEEP_PRE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From products (ROWS COLUMNS), which stand from column `out` on: writes pre and hidden."""
+    PRE: tl.constexpr = 1 if GATE == "none" else 2
+    WIDTH: tl.constexpr = COLUMNS // 2 if GATE == "pairs" else COLUMNS
+    columns = out + tl.arange(0, COLUMNS)
+    is_column = columns < (2 * H if GATE == "pairs" else H)
+    if SCALE:
+        first, second = first * scale, second * scale
+    if HAS_BIAS:
+        first += tl.load(bias + columns * bias_stride_o, is_column, 0.0).to(tl.float32)[None, :]
+        if GATE == "halves":
+            second += tl.load(bias + (H + columns) * bias_stride_o, is_column, 0.0).to(tl.float32)[None, :]
+    if KEEP_PRE:
+        pre = pre_ptr + row_start * (PRE * H) + columns[None, :]
+        tl.store(pre, first.to(pre_ptr.dtype.element_ty), mask=has_row & is_column[None, :])
+        if GATE == "halves":
+            tl.store(pre + H, second.to(pre_ptr.dtype.element_ty), mask=has_row & is_column[None, :])
+    if GATE == "pairs":
+        first, second = first.reshape(ROWS, WIDTH, 2).split()
+    hidden = activated(first, second, limit, alpha, ACTIVATION)
+    outs = (out // 2 if GATE == "pairs" else out) + tl.arange(0, WIDTH)
+    to = hidden_ptr + row_start * H + outs[None, :]
+    tl.store(to, hidden.to(hidden_ptr.dtype.element_ty), mask=has_row & (outs < H)[None, :])
 
 
 @triton.jit
@@ -65,30 +96,16 @@ def up_kernel(
                     WIDTH, INS, TMA, IN_FIRST, EVEN_IN, EVEN_OUT,
                 )  # fmt: skip
                 second = product(x, tile_w, second, SWAP, PRECISION)
-        first, second = unswap(first, SWAP), unswap(second, SWAP)
-        wide, outs = out + tl.arange(0, WIDTH), out_tile * OUTS + tl.arange(0, OUTS)
-        if SCALE:
-            scale = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-            first, second = first * scale, second * scale
-        if HAS_BIAS:
-            bias = bias_ptr + expert.to(tl.int64) * bias_stride_e
-            first += tl.load(bias + wide * bias_stride_o, mask=wide < PRE * H, other=0.0).to(tl.float32)[
-                None, :
-            ]
-            if GATE == "halves":
-                second += tl.load(bias + (H + wide) * bias_stride_o, wide < H, 0.0).to(tl.float32)[None, :]
+        first, second = quarters(unswap(first, SWAP), ROWS, WIDTH), quarters(unswap(second, SWAP), ROWS, WIDTH)
+        scale = tl.load(weights_ptr + pairs).to(tl.float32)[:, None] if SCALE else 1.0
+        bias = bias_ptr + expert.to(tl.int64) * bias_stride_e
         has_row = (rows < end)[:, None]
-        if KEEP_PRE:
-            pre = pre_ptr + rows.to(tl.int64)[:, None] * (PRE * H) + wide[None, :]
-            limits = (wide < (H if GATE == "halves" else PRE * H))[None, :]
-            tl.store(pre, first.to(pre_ptr.dtype.element_ty), mask=has_row & limits)
-            if GATE == "halves":
-                tl.store(pre + H, second.to(pre_ptr.dtype.element_ty), mask=has_row & limits)
-        if GATE == "pairs":
-            first, second = first.reshape(ROWS, OUTS, 2).split()
-        hidden = activated(first, second, limit, alpha, ACTIVATION)
-        to = hidden_ptr + rows.to(tl.int64)[:, None] * H + outs[None, :]
-        tl.store(to, hidden.to(hidden_ptr.dtype.element_ty), mask=has_row & (outs < H)[None, :])
+        for i in tl.static_range(4):
+            finish_columns(
+                first[i], second[i], scale, bias, rows.to(tl.int64)[:, None], has_row, out + i * (WIDTH // 4),
+                pre_ptr, hidden_ptr, H, bias_stride_o, limit, alpha, ACTIVATION, GATE, HAS_BIAS, SCALE, KEEP_PRE,
+                ROWS, WIDTH // 4,
+            )  # fmt: skip
 
 
 def up(
