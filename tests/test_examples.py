@@ -20,6 +20,7 @@ SHOWS = {
         lambda a, b: int(a) > 3 * float(b),
     ),
     "05_compare_backends.py": (r"the backends agree: (True)", bool),
+    "06_kernels_alone.py": (r"difference from the definition (\S+) of", lambda error: float(error) < 1e-2),
 }
 
 
@@ -46,4 +47,5 @@ def test_an_example_shows_what_it_promises(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(SHOWS))
 def test_an_example_is_short(name):
-    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 100
+    lines = len((EXAMPLES / name).read_text(encoding="utf-8").splitlines())
+    assert lines < (60 if name == "06_kernels_alone.py" else 100)

@@ -15,7 +15,7 @@ from .checks import check_experts_ffn
 from .config import Pass, choose_config
 from .grad_pre import grad_pre
 from .grad_weight import grad_weight
-from .launch import target_of
+from .launch import is_plain, target_of
 from .linear import linear
 from .rows import expert_sums, gather_rows, row_dots, sum_rows, weight_grads
 from .settings import Settings
@@ -60,10 +60,9 @@ def experts_ffn(
     projections = (up_proj, down_proj, up_bias, down_bias)
     check_experts_ffn(x, weights, *plan, *projections, settings)
     leaves = (x, weights, *projections)
-    needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    # The dispatcher costs some 20 us, which a token being decoded would feel.
-    if not needs_grad and type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling()):
+    if is_plain(*leaves):
         return forward(x, weights, *plan, *projections, settings, keep_pre=False)[0]
+    needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     y, _ = _experts_ffn(x, weights, *plan, *projections, *astuple(settings), needs_grad)
     return y
 

@@ -8,7 +8,7 @@ from .checks import check_grouped_linear, require_rank, require_same, require_sh
 from .config import Config, Pass, choose_config
 from .experts_ffn import empty_like_weight, in_rows
 from .grad_weight import grad_weight
-from .launch import target_of
+from .launch import is_plain, target_of
 from .linear import linear
 from .rows import expert_sums, zero_rest
 from .tiles import Plan
@@ -24,9 +24,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor |
     """
     rows, weight, bias = cast_to_autocast(rows, weight, bias)
     check_grouped_linear(rows, weight, offsets, bias)
-    leaves = (rows, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    if not needs_grad and type(rows) is Tensor and not (rows.is_meta or torch.compiler.is_compiling()):
+    if is_plain(rows, weight, bias):
         return _product("down", rows, weight, offsets, bias)
     return _grouped_linear(rows, weight, offsets, bias)
 

@@ -281,7 +281,7 @@ def can_describe(tensor: Tensor) -> bool:
 
 def precision() -> str:
     """How float32 operands are multiplied: exactly, or as tf32 when torch's own products are."""
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def programs(config: Config, tiles: int, device: torch.device) -> int:
