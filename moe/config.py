@@ -44,6 +44,9 @@ class MoEConfig:
     swiglu_alpha: float = 1.702  # clamped_swiglu only; gpt-oss
     is_transposed: bool = False  # weights stored (e, in, out), as gpt-oss does
     is_concatenated: bool = True  # False: gate and up interleaved (g0, u0, g1, u1, ...), as gpt-oss does
+    # True: the routing weight multiplies what an expert reads instead of what it writes, as in Llama 4
+    # (Llama4TextMoe in transformers; the key is vLLM's)
+    apply_router_weight_on_input: bool = False
 
     # Router
     scoring_func: Score = "softmax"

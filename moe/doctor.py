@@ -12,7 +12,7 @@ from moe.ops.choose import describe
 from moe.version import __version__
 
 EXTRAS = {
-    "triton": "not used: this version of sparse-moe has no Triton kernels yet",
+    "triton": "GPU kernels: pip install triton (Windows: triton-windows)",
     "tokenizers": "BPE: pip install '.[train]' in a clone of the repository",
     "matplotlib": "figures: pip install '.[train]' in a clone of the repository",
     "tensorboard": "live curves: pip install '.[track]' in a clone of the repository",

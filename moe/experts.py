@@ -19,17 +19,28 @@ class Experts(nn.Module):
 
     With `is_transposed` the weights are stored (e d 2h) and (e h d), as in gpt-oss, and used through views.
     Names and layout are those of Hugging Face transformers 5, so its checkpoints and PEFT fit.
+
+    batch_invariant: given its experts and their weights, a token's output has the same bits whatever else is
+    in the batch. Needs the Triton kernels, costs some speed.
     """
 
     down_proj: nn.Parameter
     down_proj_bias: nn.Parameter | None
 
-    def __init__(self, config: MoEConfig, *, backend: Backend = "auto", output_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        backend: Backend = "auto",
+        output_scale: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> None:
         super().__init__()
         check_backend(backend)
         self.config = config
         self.backend: Backend = backend
         self.output_scale = output_scale
+        self.batch_invariant = batch_invariant
         e, d, h = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.up_name = "gate_up_proj" if config.is_gated else "up_proj"
         width = 2 * h if config.is_gated else h
@@ -60,7 +71,7 @@ class Experts(nn.Module):
             down_bias = None if down_bias is None else down_bias.to(dtype)
         if config.is_transposed:
             up_proj, down_proj = up_proj.mT, down_proj.mT
-        return choose_ops(x.device, self.backend).experts_ffn(
+        return choose_ops(x.device, self.backend, x.dtype).experts_ffn(
             x,
             weights,
             plan.pair_of_row,
@@ -74,12 +85,15 @@ class Experts(nn.Module):
             interleaved=not config.is_concatenated,
             limit=config.swiglu_limit,
             alpha=config.swiglu_alpha,
+            weights_on_input=config.apply_router_weight_on_input,
+            batch_invariant=self.batch_invariant,
         )
 
     def extra_repr(self) -> str:
-        """Sizes, activation and the requested backend."""
+        """Sizes, activation, the requested backend and batch_invariant when set."""
         c = self.config
         return (
             f"{c.num_experts} x ({c.hidden_size} -> {c.moe_intermediate_size} -> {c.hidden_size}), "
             f"{c.activation}, backend={self.backend!r}"
+            + (", batch_invariant=True" if self.batch_invariant else "")
         )

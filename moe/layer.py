@@ -54,18 +54,29 @@ class MoE(nn.Module):
 
     backend: "auto" takes the fastest that works on the input's device, "reference" and "torch" run anywhere,
     "triton" needs a GPU. output_scale: down-projections are drawn from N(0, (initializer_range *
-    output_scale)²); a decoder makes them smaller.
+    output_scale)²); a decoder makes them smaller. batch_invariant: given its routing, a token's routed output
+    has the same bits whatever else is in the batch; needs the Triton kernels, costs some speed. The products
+    of the router and of shared experts stay torch's.
 
     Sources: Shazeer et al. 1701.06538, Switch 2101.03961, DeepSeekMoE 2401.06066 (shared experts).
     """
 
-    def __init__(self, config: MoEConfig, *, backend: Backend = "auto", output_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        backend: Backend = "auto",
+        output_scale: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> None:
         super().__init__()
         if config.num_experts < 1:
             raise ValueError(f"num_experts={config.num_experts}: a MoE layer needs at least one expert.")
         self.config = config
         self.router = Router(config)
-        self.experts = Experts(config, backend=backend, output_scale=output_scale)
+        self.experts = Experts(
+            config, backend=backend, output_scale=output_scale, batch_invariant=batch_invariant
+        )
         self.shared_expert = (
             SharedExpert(config, output_scale=output_scale) if config.n_shared_experts else None
         )
@@ -76,7 +87,7 @@ class MoE(nn.Module):
         Raises:
             ValueError: the last dimension is not hidden_size, the mask is not a bool tensor shaped like x
                 without it, or dtypes or devices differ.
-            RuntimeError: the requested backend cannot run here.
+            RuntimeError: the requested backend cannot run here, or cannot be batch_invariant.
         """
         self._check(x, mask)
         tokens = rearrange(x, "... d -> (...) d")
@@ -91,13 +102,18 @@ class MoE(nn.Module):
         return MoEOutput(y.view(x.shape), routing, plan)
 
     def _plan(self, routing: Routing) -> RoutingPlan:
-        config, experts = self.config, routing.experts
+        config, experts, backend = self.config, routing.experts, self.experts.backend
         if config.capacity_factor is not None:
             capacity = math.ceil(config.capacity_factor * experts.numel() / config.num_experts)
             experts = drop_over_capacity(
-                experts, routing.weights, config.num_experts, capacity, config.capacity_policy
+                experts,
+                routing.weights,
+                config.num_experts,
+                capacity,
+                config.capacity_policy,
+                backend=backend,
             )
-        return RoutingPlan.from_experts(experts, config.num_experts)
+        return RoutingPlan.from_experts(experts, config.num_experts, backend=backend)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         weight = self.experts.down_proj  # the router may be kept wider

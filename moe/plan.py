@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from moe.config import CapacityPolicy
+from moe.ops.choose import Backend, choose_ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq=False: tensors have no single truth value
@@ -28,18 +29,17 @@ class RoutingPlan:
     top_k: int
 
     @classmethod
-    def from_experts(cls, experts: Tensor, num_experts: int) -> "RoutingPlan":
+    def from_experts(cls, experts: Tensor, num_experts: int, *, backend: Backend = "auto") -> "RoutingPlan":
         """Sort the pairs of experts (t k). Stable: tokens keep their order within an expert.
 
         An id outside 0..num_experts-1 marks a pair that no expert runs. No host sync.
+
+        Raises:
+            ValueError: an unknown backend.
+            RuntimeError: the requested backend cannot run here.
         """
-        pairs = rearrange(experts, "t k -> (t k)")
-        pairs = pairs.clamp(-1, num_experts).remainder(num_experts + 1)  # every other id becomes num_experts
-        expert_of_row, pair_of_row = torch.sort(pairs, stable=True)
-        row_of_pair = torch.empty_like(pair_of_row)
-        row_of_pair.scatter_(0, pair_of_row, torch.arange(pairs.numel(), device=pairs.device))
-        offsets = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=pairs.device))
-        return cls(pair_of_row, row_of_pair, offsets, top_k=experts.shape[1])
+        plan = choose_ops(experts.device, backend).sort_by_expert(experts, num_experts)
+        return cls(*plan, top_k=experts.shape[1])
 
     @property
     def num_experts(self) -> int:
@@ -58,7 +58,13 @@ class RoutingPlan:
 
 
 def drop_over_capacity(
-    experts: Tensor, weights: Tensor, num_experts: int, capacity: int, policy: CapacityPolicy
+    experts: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    capacity: int,
+    policy: CapacityPolicy,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Keep at most `capacity` pairs an expert; the others get the id `num_experts`, which runs nowhere.
 
@@ -69,7 +75,8 @@ def drop_over_capacity(
             "position": the first pairs in token order stay.
 
     Raises:
-        ValueError: an unknown policy.
+        ValueError: an unknown policy or backend.
+        RuntimeError: the requested backend cannot run here.
     """
     if policy not in get_args(CapacityPolicy):
         raise ValueError(f"policy={policy!r} must be one of {list(get_args(CapacityPolicy))}.")
@@ -77,7 +84,8 @@ def drop_over_capacity(
         order = torch.sort(rearrange(weights.detach(), "t k -> (t k)"), descending=True, stable=True).indices
     else:
         order = torch.arange(experts.numel(), device=experts.device)
-    plan = RoutingPlan.from_experts(rearrange(experts, "t k -> (t k)")[order][:, None], num_experts)
+    ordered = rearrange(experts, "t k -> (t k)")[order][:, None]
+    plan = RoutingPlan.from_experts(ordered, num_experts, backend=backend)
     pairs = order[plan.pair_of_row]
     expert_of_row = rearrange(experts, "t k -> (t k)")[pairs]
     is_real = (expert_of_row >= 0) & (expert_of_row < num_experts)

@@ -114,6 +114,7 @@ class Problem:
     down_bias: Tensor | None
     activation: str = "swiglu"
     interleaved: bool = False
+    weights_on_input: bool = False
 
     @property
     def plan(self) -> RoutingPlan:
@@ -126,6 +127,10 @@ class Problem:
     def to(self, dtype: torch.dtype) -> "Problem":
         return replace(self, **{name: leaf.to(dtype) for name, leaf in self.leaves.items()})
 
+    def on(self, device: torch.device | str) -> "Problem":
+        leaves = {name: leaf.to(device) for name, leaf in self.leaves.items()}
+        return replace(self, experts=self.experts.to(device), **leaves)
+
 
 def make_problem(
     experts: Tensor,
@@ -135,6 +140,7 @@ def make_problem(
     *,
     activation: str = "swiglu",
     interleaved: bool = False,
+    weights_on_input: bool = False,
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -156,6 +162,7 @@ def make_problem(
         down_bias=randn(num_experts, d) / 2 if bias else None,
         activation=activation,
         interleaved=interleaved,
+        weights_on_input=weights_on_input,
     )
     return problem.to(dtype)
 
@@ -181,22 +188,43 @@ def activate_by_hand(
 
 
 def by_loops(problem: Problem, x, weights, up_proj, down_proj, up_bias=None, down_bias=None) -> Tensor:
-    """y[t] = sum over its choices of weight * expert(x[t]), one token and one choice at a time."""
+    """y[t] = sum over its choices of weight * expert(x[t]), one token and one choice at a time.
+
+    With weights_on_input: of expert(weight * x[t]).
+    """
     outputs = []
     for token, chosen in enumerate(problem.experts.tolist()):
         y = x.new_zeros(x.shape[1])
         for choice, expert in enumerate(chosen):
             if not 0 <= expert < problem.num_experts:
                 continue
-            pre = up_proj[expert] @ x[token] + (0 if up_bias is None else up_bias[expert])
+            weight = weights[token, choice].to(x.dtype)
+            before, after = (weight, 1) if problem.weights_on_input else (1, weight)
+            pre = up_proj[expert] @ (before * x[token]) + (0 if up_bias is None else up_bias[expert])
             hidden = activate_by_hand(pre, problem.activation, problem.interleaved)
             out = down_proj[expert] @ hidden + (0 if down_bias is None else down_bias[expert])
-            y = y + weights[token, choice].to(x.dtype) * out
+            y = y + after * out
         outputs.append(y)
     return torch.stack(outputs) if outputs else x[:0]
 
 
-def by_ops(ops: ModuleType) -> Apply:
+def one_expert_at_a_time(
+    problem: Problem, x, weights, up_proj, down_proj, up_bias=None, down_bias=None
+) -> Tensor:
+    """What a user of torch writes: gather each expert's tokens, run it, add its weighted outputs back."""
+    y = torch.zeros_like(x)
+    for expert in range(problem.num_experts):
+        token, choice = (problem.experts == expert).nonzero(as_tuple=True)
+        weight = weights[token, choice, None].to(x.dtype)
+        before, after = (weight, 1) if problem.weights_on_input else (1, weight)
+        pre = F.linear(before * x[token], up_proj[expert], None if up_bias is None else up_bias[expert])
+        hidden = activate_by_hand(pre, problem.activation, problem.interleaved)
+        out = F.linear(hidden, down_proj[expert], None if down_bias is None else down_bias[expert])
+        y = y.index_add(0, token, after * out)
+    return y
+
+
+def by_ops(ops: ModuleType, **options) -> Apply:
     """experts_ffn of a backend, as a function of a problem and its leaves."""
 
     def apply(problem: Problem, x, weights, up_proj, down_proj, up_bias=None, down_bias=None) -> Tensor:
@@ -215,6 +243,8 @@ def by_ops(ops: ModuleType) -> Apply:
             interleaved=problem.interleaved,
             limit=LIMIT,
             alpha=ALPHA,
+            weights_on_input=problem.weights_on_input,
+            **options,
         )
 
     return apply
@@ -226,6 +256,10 @@ def by_composition(ops: ModuleType) -> Apply:
     def apply(problem: Problem, x, weights, up_proj, down_proj, up_bias=None, down_bias=None) -> Tensor:
         plan = problem.plan
         rows = ops.dispatch(x, plan.pair_of_row, plan.row_of_pair, plan.top_k)
+        if problem.weights_on_input:
+            is_kept = torch.arange(len(rows), device=x.device)[:, None] < plan.offsets[-1]
+            rows = torch.where(is_kept, rows, 0) * weights.to(x.dtype).flatten()[plan.pair_of_row, None]
+            weights = torch.ones_like(weights)
         pre = ops.grouped_linear(rows, up_proj, plan.offsets, up_bias)
         hidden = ops.activate(
             pre, problem.activation, interleaved=problem.interleaved, limit=LIMIT, alpha=ALPHA
@@ -248,7 +282,7 @@ def solve(
     if upstream is None:
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inputs = [leaves[name] for name in wanted]
-    grads = torch.autograd.grad(y, inputs, upstream.to(y.dtype), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(y, inputs, upstream.to(y), allow_unused=True, materialize_grads=True)
     return {"y": y.detach()} | dict(zip(wanted, grads, strict=True))
 
 
@@ -259,6 +293,33 @@ def assert_solutions_agree(
     assert ours.keys() == truth.keys()
     for name in truth:
         assert_same(ours[name], truth[name], name, tolerance)
+
+
+# Layouts and mistakes
+
+
+def stored_transposed(tensor: Tensor) -> Tensor:
+    """The same numbers as a view of memory in which the last two axes are swapped."""
+    return tensor.mT.contiguous().mT
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same numbers as a view of every other number of a row."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+# What does not fit make_problem(random_experts(5, 2, 4), 4) in float32, and what the message names.
+WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
+    "x of another width": ({"x": torch.randn(5, 7)}, r"x .*7.*6"),
+    "x of another dtype": ({"x": torch.randn(5, 6).bfloat16()}, r"(?s)float32.*bfloat16|bfloat16.*float32"),
+    "x on another device": (
+        {"x": torch.randn(5, 6, device="meta")},
+        r"(?s)meta.*(cpu|cuda)|(cpu|cuda).*meta",
+    ),
+    "weights on another device": ({"weights": torch.rand(5, 2, device="meta")}, r"(?s)weights.*meta"),
+    "up_proj without its gate": ({"up_proj": torch.randn(4, 5, 6)}, r"up_proj.*5.*10"),
+    "down_bias of another width": ({"down_bias": torch.randn(4, 5)}, r"down_bias.*5.*6"),
+}
 
 
 # Layers

@@ -37,6 +37,7 @@ FEATURES = {
         "topk_before_score": True,
         "router_bias": True,
     },
+    "weights on the input": {"apply_router_weight_on_input": True, "num_experts_per_tok": 1},
     "capacity by score": {"capacity_factor": 1.0, "capacity_policy": "score"},
 }
 

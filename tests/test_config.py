@@ -202,6 +202,7 @@ def test_a_decoder_without_experts_is_dense():
     [
         ("norm_topk_prob", "false"),
         ("norm_topk_eps", "1e-20"),
+        ("apply_router_weight_on_input", 1),
         ("initializer_range", float("nan")),
         ("capacity_factor", float("inf")),
         ("shared_expert_intermediate_size", 0),

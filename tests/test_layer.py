@@ -39,6 +39,7 @@ FEATURES = {
     "gated shared expert": {"n_shared_experts": 1, "shared_expert_gate": True, "activation": "geglu"},
     "one expert a token": {"num_experts_per_tok": 1, "norm_topk_prob": False},
     "every expert": {"num_experts_per_tok": 8},
+    "weights on the input": {"apply_router_weight_on_input": True, "expert_bias": True},
 }
 EVERY_FEATURE = pytest.mark.parametrize("feature", FEATURES)
 
@@ -67,7 +68,9 @@ def by_definition(layer, x, routing, experts=None):
         y = torch.zeros(config.hidden_size, dtype=x.dtype)
         for choice, expert in enumerate(chosen):
             if expert < config.num_experts:
-                pre = up[expert] @ x[token]
+                weight = routing.weights[token, choice]
+                before, after = (weight, 1) if config.apply_router_weight_on_input else (1, weight)
+                pre = up[expert] @ (before * x[token])
                 if config.expert_bias:
                     pre = pre + parameters[f"experts.{name}_bias"][expert]
                 hidden = activate_by_hand(
@@ -80,7 +83,7 @@ def by_definition(layer, x, routing, experts=None):
                 out = down[expert] @ hidden
                 if config.expert_bias:
                     out = out + parameters["experts.down_proj_bias"][expert]
-                y = y + routing.weights[token, choice] * out
+                y = y + after * out
         outputs.append(y)
     y = torch.stack(outputs)
     if config.n_shared_experts:
@@ -454,6 +457,11 @@ def test_the_layer_shows_the_backend_that_was_asked_for(backend):
     assert f"backend='{backend}'" in repr(MoE(tiny_config(), backend=backend)).replace('"', "'")
 
 
+def test_the_layer_shows_that_it_was_asked_to_be_batch_invariant():
+    assert "batch_invariant=True" in repr(MoE(tiny_config(), batch_invariant=True))
+    assert "batch_invariant" not in repr(MoE(tiny_config()))
+
+
 def test_the_output_cannot_be_changed():
     out = make_layer()(inputs())
     with pytest.raises(AttributeError):
@@ -520,6 +528,15 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
 def test_triton_on_a_cpu_is_refused_with_what_is_missing():
     layer = MoE(tiny_config(), backend="triton")
     with pytest.raises(RuntimeError, match=r"(?si)triton.*cpu.*cuda.*auto"):
+        layer(inputs(dtype=torch.float32))
+
+
+@BACKENDS
+def test_a_batch_invariant_layer_on_a_cpu_is_refused_with_the_way_out(backend):
+    layer = MoE(tiny_config(), backend=backend, batch_invariant=True)
+    with pytest.raises(
+        RuntimeError, match=r"batch_invariant=True needs the triton backend.*batch_invariant=False"
+    ):
         layer(inputs(dtype=torch.float32))
 
 

@@ -18,6 +18,7 @@ from helpers import (
     GATED,
     LEAVES,
     LIMIT,
+    WRONG,
     activate_by_hand,
     assert_as_accurate,
     assert_same,
@@ -28,18 +29,21 @@ from helpers import (
     bytes_allocated,
     drop,
     make_problem,
+    one_expert_at_a_time,
     random_experts,
     solve,
+    spread,
+    stored_transposed,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.ops import pytorch, reference
+from moe.ops.choose import OPERATIONS
 from moe.plan import RoutingPlan
 
 BACKENDS = pytest.mark.parametrize("ops", [reference, pytorch], ids=["reference", "torch"])
-NAMES = ("dispatch", "grouped_linear", "activate", "combine", "experts_ffn")
 LOW_PRECISION = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
@@ -56,6 +60,7 @@ def by_definition(problem, x, weights, up_proj, down_proj, up_bias=None, down_bi
         interleaved=problem.interleaved,
         limit=LIMIT,
         alpha=ALPHA,
+        weights_on_input=problem.weights_on_input,
     )
 
 
@@ -67,10 +72,13 @@ WAYS = {
     "torch experts_ffn": by_ops(pytorch),
 }
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
+ON_EITHER_SIDE = pytest.mark.parametrize(
+    "on_input", [False, True], ids=["weights on output", "weights on input"]
+)
 
 
 def test_both_backends_have_the_same_signatures():
-    for name in NAMES:
+    for name in OPERATIONS:
         ours, theirs = (inspect.signature(getattr(ops, name)) for ops in (reference, pytorch))
         shape = [[(p.name, p.kind, p.default) for p in s.parameters.values()] for s in (ours, theirs)]
         assert shape[0] == shape[1], name
@@ -80,39 +88,68 @@ def test_both_backends_have_the_same_signatures():
 
 
 @EVERY_WAY
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("name", AWKWARD_ROUTINGS)
-def test_sorting_does_not_change_the_answer(way, name, poisoned_memory):
-    problem = make_problem(*AWKWARD_ROUTINGS[name])
+def test_sorting_does_not_change_the_answer(way, on_input, name, poisoned_memory):
+    problem = make_problem(*AWKWARD_ROUTINGS[name], weights_on_input=on_input)
     assert_solutions_agree(solve(WAYS[way], problem), solve(by_loops, problem))
 
 
 @EVERY_WAY
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("bias", [True, False], ids=["biases", "no bias"])
 @pytest.mark.parametrize(
     ("activation", "interleaved"), [(a, False) for a in ACTIVATIONS] + [(a, True) for a in GATED], ids=str
 )
-def test_every_activation_has_its_formula_and_gradient(way, activation, interleaved, bias):
+def test_every_activation_has_its_formula_and_gradient(way, on_input, activation, interleaved, bias):
     experts = drop(random_experts(11, 3, 6, among=range(5)), 6, tokens=(2,), pairs=((4, 1),))
-    problem = make_problem(experts, 6, activation=activation, interleaved=interleaved, bias=bias)
+    problem = make_problem(
+        experts, 6, activation=activation, interleaved=interleaved, bias=bias, weights_on_input=on_input
+    )
     assert_solutions_agree(solve(WAYS[way], problem), solve(by_loops, problem))
 
 
 @pytest.mark.parametrize("only", ["up_bias", "down_bias"])
 @EVERY_WAY
-def test_either_bias_may_be_missing_alone(way, only):
-    problem = make_problem(random_experts(6, 2, 4), 4)
+@ON_EITHER_SIDE
+def test_either_bias_may_be_missing_alone(way, on_input, only):
+    problem = make_problem(random_experts(6, 2, 4), 4, weights_on_input=on_input)
     other = {"up_bias": "down_bias", "down_bias": "up_bias"}[only]
     problem = replace(problem, **{other: None})
     assert_solutions_agree(solve(WAYS[way], problem), solve(by_loops, problem))
 
 
+@EVERY_WAY
+@ON_EITHER_SIDE
+def test_a_weight_of_zero_has_a_gradient(way, on_input):
+    """On the output it silences its choice; on the input the expert still answers to a token of zeros."""
+    problem = make_problem(random_experts(6, 2, 4), 4, weights_on_input=on_input)
+    weights = problem.weights.clone()
+    weights[1], weights[3, 0] = 0, 0
+    problem = replace(problem, weights=weights)
+    ours = solve(WAYS[way], problem)
+    assert_solutions_agree(ours, solve(by_loops, problem))
+    assert (ours["weights"][1] != 0).all()
+    assert (ours["y"][1] != 0).all() == on_input
+
+
+def test_weights_of_one_may_stand_on_either_side():
+    problem = make_problem(random_experts(6, 2, 4), 4)
+    problem = replace(problem, weights=torch.ones_like(problem.weights))
+    before, after = (
+        by_ops(pytorch)(replace(problem, weights_on_input=side), **problem.leaves) for side in (True, False)
+    )
+    assert_same(before, after)
+
+
 @LOW_PRECISION
 @EVERY_WAY
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_rounding_errors_stay_those_of_torch_in_the_same_dtype(way, activation, dtype):
+def test_rounding_errors_stay_those_of_torch_in_the_same_dtype(way, on_input, activation, dtype):
     """The baseline runs each expert as torch would: gather, linear, activation, linear, weighted sum."""
     experts = drop(random_experts(48, 3, 6), 6, tokens=(7,))
-    problem = make_problem(experts, 6, d=32, h=24, activation=activation).to(dtype)
+    problem = make_problem(experts, 6, d=32, h=24, activation=activation, weights_on_input=on_input).to(dtype)
     truth = solve(by_loops, problem.to(torch.float64))
     baseline = solve(one_expert_at_a_time, problem)
     ours = solve(WAYS[way], problem)
@@ -121,26 +158,11 @@ def test_rounding_errors_stay_those_of_torch_in_the_same_dtype(way, activation, 
         assert_as_accurate(ours[leaf], baseline[leaf], truth[leaf], name=leaf)
 
 
-def one_expert_at_a_time(problem, x, weights, up_proj, down_proj, up_bias=None, down_bias=None):
-    """What a user writes: gather each expert's tokens, run it, add its weighted outputs back."""
-    y = torch.zeros_like(x)
-    for expert in range(problem.num_experts):
-        token, choice = (problem.experts == expert).nonzero(as_tuple=True)
-        pre = torch.nn.functional.linear(
-            x[token], up_proj[expert], None if up_bias is None else up_bias[expert]
-        )
-        hidden = activate_by_hand(pre, problem.activation, problem.interleaved)
-        out = torch.nn.functional.linear(
-            hidden, down_proj[expert], None if down_bias is None else down_bias[expert]
-        )
-        y = y.index_add(0, token, out * weights[token, choice, None].to(x.dtype))
-    return y
-
-
 @BACKENDS
-def test_float32_weights_meet_bfloat16_experts(ops):
+@ON_EITHER_SIDE
+def test_float32_weights_meet_bfloat16_experts(ops, on_input):
     """A router works in float32 above bfloat16 experts; each gradient comes back in its own leaf's dtype."""
-    problem = make_problem(random_experts(48, 2, 6), 6, d=32, h=24)
+    problem = make_problem(random_experts(48, 2, 6), 6, d=32, h=24, weights_on_input=on_input)
     half = problem.to(torch.bfloat16)
     half = replace(half, weights=half.weights.float())
     truth = solve(by_loops, half.to(torch.float64))
@@ -154,7 +176,7 @@ def test_float32_weights_meet_bfloat16_experts(ops):
 
 @st.composite
 def problems(draw):
-    """Random t, k, e, skew towards low experts, padding, activation, layout."""
+    """Random t, k, e, skew towards low experts, padding, activation, layout, side of the weights."""
     num_experts = draw(st.integers(1, 9))
     top_k = draw(st.integers(1, min(num_experts, 4)))
     busy = draw(st.integers(top_k, num_experts))  # skew: only the first `busy` experts are chosen
@@ -170,6 +192,7 @@ def problems(draw):
         h=draw(st.integers(1, 7)),
         activation=activation,
         interleaved=activation in GATED and draw(st.booleans()),
+        weights_on_input=draw(st.booleans()),
         bias=draw(st.booleans()),
     )
 
@@ -186,23 +209,21 @@ def test_the_torch_backend_is_the_reference_for_any_routing(problem, dtype):
 
 
 @BACKENDS
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("interleaved", [False, True], ids=["concatenated", "interleaved"])
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu", "relu2"])
-def test_gradients_are_the_limits_of_finite_differences(ops, activation, interleaved):
+def test_gradients_are_the_limits_of_finite_differences(ops, on_input, activation, interleaved):
     if interleaved and activation not in GATED:
         pytest.skip("nothing to interleave without a gate")
     experts = drop(random_experts(4, 2, 4, among=range(3)), 4, pairs=((1, 0),))
-    problem = make_problem(experts, 4, d=3, h=2, activation=activation, interleaved=interleaved)
+    problem = make_problem(
+        experts, 4, d=3, h=2, activation=activation, interleaved=interleaved, weights_on_input=on_input
+    )
     leaves = [leaf.requires_grad_() for leaf in problem.leaves.values()]
     assert torch.autograd.gradcheck(partial(by_ops(ops), problem), leaves, fast_mode=False)
 
 
 # Memory layouts, dropped tokens, gradients asked for in part
-
-
-def stored_transposed(tensor):
-    """The same numbers as a view of memory in which the last two axes are swapped."""
-    return tensor.mT.contiguous().mT
 
 
 @BACKENDS
@@ -211,7 +232,7 @@ def test_transposed_and_strided_weights_give_the_same_answer(ops):
     truth = solve(by_loops, problem)
     names = ("x", "weights", "up_proj", "down_proj")
     problem = replace(problem, **{name: stored_transposed(getattr(problem, name)) for name in names})
-    problem = replace(problem, up_bias=problem.up_bias.repeat_interleave(2, dim=1)[:, ::2])
+    problem = replace(problem, up_bias=spread(problem.up_bias))
     assert not problem.up_proj.is_contiguous()
     assert_solutions_agree(solve(by_ops(ops), problem), truth)
 
@@ -237,12 +258,13 @@ LARGE = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["(e o i)", "(e i o)"])
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("case", LARGE)
-def test_large_sizes_give_the_same_answer(case, transposed, dtype, poisoned_memory, monkeypatch):
+def test_large_sizes_give_the_same_answer(case, on_input, transposed, dtype, poisoned_memory, monkeypatch):
     """Large enough for another way to allocate memory, and for more than one step over an expert's rows."""
     empty = np.empty
     monkeypatch.setattr(np, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
-    problem = make_problem(*LARGE[case], dtype=dtype)
+    problem = make_problem(*LARGE[case], dtype=dtype, weights_on_input=on_input)
     truth, baseline = (
         solve(one_expert_at_a_time, problem.to(torch.float64)),
         solve(one_expert_at_a_time, problem),
@@ -264,11 +286,14 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_threads_change_nothing_but_the_time(activation, dtype, two_threads, poisoned_memory):
+def test_threads_change_nothing_but_the_time(activation, on_input, dtype, two_threads, poisoned_memory):
     experts = drop(random_experts(400, 3, 12, among=range(11)), 12, tokens=range(17))
-    problem = make_problem(experts, 12, d=8, h=6, activation=activation, dtype=dtype)
+    problem = make_problem(
+        experts, 12, d=8, h=6, activation=activation, dtype=dtype, weights_on_input=on_input
+    )
     wide = problem.to(torch.float64)
     truth, baseline = solve(one_expert_at_a_time, wide), solve(one_expert_at_a_time, problem)
     first, second = solve(by_ops(pytorch), problem), solve(by_ops(pytorch), problem)
@@ -314,7 +339,7 @@ def test_incoming_gradients_may_have_any_strides(way, kind):
     upstream = {
         "expanded": torch.ones((), dtype=torch.float64).expand(9, 6),
         "transposed": dense.t().contiguous().t(),
-        "strided": dense.repeat_interleave(2, dim=1)[:, ::2],
+        "strided": spread(dense),
         "zero": torch.zeros(1, 6, dtype=torch.float64).expand(9, 6),
     }[kind]
     assert_solutions_agree(
@@ -324,10 +349,11 @@ def test_incoming_gradients_may_have_any_strides(way, kind):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @BACKENDS
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("compose", [by_ops, by_composition], ids=["experts_ffn", "composition"])
-def test_what_a_dropped_token_holds_reaches_nothing(ops, compose, poison, poisoned_memory):
+def test_what_a_dropped_token_holds_reaches_nothing(ops, compose, on_input, poison, poisoned_memory):
     experts = drop(random_experts(9, 2, 4), 4, tokens=(0, 3, 8))
-    clean = make_problem(experts, 4)
+    clean = make_problem(experts, 4, weights_on_input=on_input)
     truth = solve(by_loops, clean)
     x = clean.x.clone()
     x[[0, 3, 8]] = poison
@@ -339,11 +365,12 @@ def test_what_a_dropped_token_holds_reaches_nothing(ops, compose, poison, poison
 
 
 @BACKENDS
+@ON_EITHER_SIDE
 @pytest.mark.parametrize(
     "wanted", [(leaf,) for leaf in LEAVES] + [("x", "weights"), ("up_proj", "down_bias")], ids="+".join
 )
-def test_a_gradient_does_not_depend_on_which_others_are_asked_for(ops, wanted):
-    problem = make_problem(random_experts(9, 2, 4), 4)
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for(ops, on_input, wanted):
+    problem = make_problem(random_experts(9, 2, 4), 4, weights_on_input=on_input)
     everything = solve(by_ops(ops), problem)
     part = solve(by_ops(ops), problem, wanted=wanted)
     assert part.keys() == {"y", *wanted}
@@ -351,8 +378,9 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked_for(ops, wanted):
 
 
 @BACKENDS
-def test_without_gradients_the_value_is_the_same(ops):
-    problem = make_problem(random_experts(9, 2, 4), 4, dtype=torch.float32)
+@ON_EITHER_SIDE
+def test_without_gradients_the_value_is_the_same(ops, on_input):
+    problem = make_problem(random_experts(9, 2, 4), 4, dtype=torch.float32, weights_on_input=on_input)
     apply = by_ops(ops)
     with torch.no_grad():
         inference = apply(problem, **problem.leaves)
@@ -361,17 +389,19 @@ def test_without_gradients_the_value_is_the_same(ops):
 
 
 @BACKENDS
+@ON_EITHER_SIDE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_same_inputs_give_the_same_bits(ops, dtype):
-    problem = make_problem(random_experts(64, 4, 8), 8, d=32, h=16).to(dtype)
+def test_the_same_inputs_give_the_same_bits(ops, on_input, dtype):
+    problem = make_problem(random_experts(64, 4, 8), 8, d=32, h=16, weights_on_input=on_input).to(dtype)
     first, second = solve(by_ops(ops), problem), solve(by_ops(ops), problem)
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
 @BACKENDS
-def test_arguments_are_left_as_they_were(ops):
-    problem = make_problem(random_experts(9, 2, 4), 4)
+@ON_EITHER_SIDE
+def test_arguments_are_left_as_they_were(ops, on_input):
+    problem = make_problem(random_experts(9, 2, 4), 4, weights_on_input=on_input)
     before = {name: leaf.clone() for name, leaf in problem.leaves.items()}
     upstream = torch.randn(9, 6, dtype=torch.float64)
     upstream_before = upstream.clone()
@@ -459,9 +489,12 @@ def test_combine_is_the_weighted_sum_over_a_tokens_kept_choices(ops, poisoned_me
 # Promises about memory and work
 
 
-def test_the_torch_backend_keeps_x_and_the_pre_activation_and_no_other_activation():
+@ON_EITHER_SIDE
+def test_the_torch_backend_keeps_x_and_the_pre_activation_and_no_other_activation(on_input):
     """x is t d numbers, the pre-activation p 2h. Gathered inputs would be p d, and so would outputs."""
-    problem = make_problem(random_experts(64, 3, 5), 5, d=24, h=10, dtype=torch.float32)
+    problem = make_problem(
+        random_experts(64, 3, 5), 5, d=24, h=10, dtype=torch.float32, weights_on_input=on_input
+    )
     leaves = {name: leaf.requires_grad_() for name, leaf in problem.leaves.items()}
     inputs = {leaf.untyped_storage().data_ptr(): name for name, leaf in leaves.items()}
     kept: dict[str, int] = {}
@@ -546,22 +579,21 @@ def fresh(value, requires_grad):
 
 
 @BACKENDS
+def test_bits_that_do_not_depend_on_the_batch_are_promised_by_triton_alone(ops):
+    problem = make_problem(random_experts(5, 2, 4), 4)
+    with pytest.raises(
+        RuntimeError, match=r"batch_invariant=True needs the triton backend.*batch_invariant=False"
+    ):
+        by_ops(ops, batch_invariant=True)(problem, **problem.leaves)
+
+
+@BACKENDS
 def test_an_unknown_activation_is_refused_by_name(ops):
     with pytest.raises(ValueError, match=r"(?s)swishglu.*swiglu"):
         ops.activate(torch.randn(3, 4), "swishglu")
     problem = make_problem(random_experts(5, 2, 4), 4)
     with pytest.raises(ValueError, match="swishglu"):
         by_ops(ops)(replace(problem, activation="swishglu"), **problem.leaves)
-
-
-WRONG = {
-    "x of another width": ({"x": torch.randn(5, 7)}, r"x .*7.*6"),
-    "x of another dtype": ({"x": torch.randn(5, 6).bfloat16()}, r"(?s)float32.*bfloat16|bfloat16.*float32"),
-    "x on another device": ({"x": torch.randn(5, 6, device="meta")}, r"(?s)meta.*cpu|cpu.*meta"),
-    "weights on another device": ({"weights": torch.rand(5, 2, device="meta")}, r"(?s)weights.*meta"),
-    "up_proj without its gate": ({"up_proj": torch.randn(4, 5, 6)}, r"up_proj.*5.*10"),
-    "down_bias of another width": ({"down_bias": torch.randn(4, 5)}, r"down_bias.*5.*6"),
-}
 
 
 @BACKENDS

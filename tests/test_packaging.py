@@ -83,7 +83,7 @@ def test_the_wheel_holds_two_packages_the_licence_and_the_command(wheel):
 
 def test_the_wheel_imports_and_runs_with_nothing_optional_installed(empty_environment, tmp_path):
     code = """
-        import moe, moe_triton, torch
+        import moe, torch
         config = moe.MoEConfig(hidden_size=8, moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2)
         out = moe.MoE(config)(torch.randn(3, 8))
         out.y.sum().backward()
@@ -91,6 +91,20 @@ def test_the_wheel_imports_and_runs_with_nothing_optional_installed(empty_enviro
     """
     where = python(empty_environment, code, tmp_path).strip()
     assert Path(where).is_relative_to(empty_environment.parent)
+
+
+def test_the_wheel_says_how_to_install_triton_where_it_is_missing(empty_environment, tmp_path):
+    code = """
+        from moe.ops.choose import choose_ops
+        try:
+            choose_ops("cuda", "triton")
+        except RuntimeError as error:
+            print(error)
+        print(choose_ops("cuda", "auto") is choose_ops("cuda", "torch"))
+    """
+    message, falls_back = python(empty_environment, code, tmp_path).splitlines()
+    assert "pip install triton" in message
+    assert falls_back == "True"
 
 
 def test_the_wheel_brings_no_package_called_kernels(empty_environment, tmp_path):

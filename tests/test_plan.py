@@ -84,6 +84,13 @@ def test_a_plan_of_no_tokens_is_empty():
     assert plan.top_k == 3
 
 
+def test_a_plan_takes_experts_of_32_bits():
+    experts = random_experts(11, 3, 6)
+    plan, narrow = (RoutingPlan.from_experts(ids, 6) for ids in (experts, experts.int()))
+    assert torch.equal(plan.pair_of_row, narrow.pair_of_row)
+    assert torch.equal(plan.offsets, narrow.offsets)
+
+
 def test_a_plan_takes_experts_in_any_memory_order():
     experts = random_experts(11, 3, 6)
     plan = RoutingPlan.from_experts(experts, 6)

@@ -37,6 +37,8 @@ class Config:
                      a tile; the passes that gather rows spill in that form
     tma              weights and other dense operands by the tensor memory accelerator, where shapes allow it
     swap             the weight is the left operand: tiles of fewer than 64 rows still fill Hopper's wgmma
+    programs         that a multiprocessor holds at once, by registers and shared memory: what the schedule counts on
+                     (benchmarks.compiled checks it), and the grid of a persistent launch
     splits           parts into which the summed axis is cut, added up later in a fixed order (few tiles only)
     """
 
@@ -49,10 +51,11 @@ class Config:
     persistent: bool = False
     tma: bool = True
     swap: bool = False
+    programs: int = 1
     splits: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rows", "outs", "ins", "num_warps", "num_stages", "group", "splits"):
+        for name in ("rows", "outs", "ins", "num_warps", "num_stages", "group", "programs", "splits"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer.")

@@ -77,7 +77,9 @@ def launch(
 def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
     """The launch itself; tests replace it to look at what would be launched."""
     with _on_device_of(arguments):
-        kernel[grid](**arguments, **options, enable_fp_fusion=True)  # the default is about to change: triton 3.10
+        kernel[grid](
+            **arguments, **options, enable_fp_fusion=True
+        )  # the default is about to change: triton 3.10
 
 
 def _on_device_of(arguments: Mapping[str, Any]):

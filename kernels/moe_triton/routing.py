@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .checks import require_rank
-from .launch import launch
+from .launch import is_plain, launch
 
 FEW_PAIRS = 4096  # p² comparisons cost less than three more launches up to here
 
@@ -96,7 +96,7 @@ def place_kernel(
     experts_ptr, starts_ptr, offsets_ptr, pair_of_row_ptr, row_of_pair_ptr,
     P, E, CHUNK: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Row of a pair = offset of its expert + pairs of that expert in earlier chunks + earlier ones in its own."""
+    """Row of a pair = offset of its expert + that expert's pairs in earlier chunks + those before it here."""
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     chunk = tl.program_id(0) // (CHUNK // QUERIES)
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -140,7 +140,7 @@ def _sort_few(experts: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, offsets
 
 def _sort_many(experts: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, offsets: Tensor) -> None:
     pairs, num_experts = experts.numel(), offsets.numel() - 1
-    chunk = min(max(256, triton.next_power_of_2(num_experts)), 2048)  # the counts take 4 e / chunk bytes a pair
+    chunk = min(max(256, triton.next_power_of_2(num_experts)), 2048)  # more experts, fewer counts
     chunks, bins = triton.cdiv(pairs, chunk), min(triton.next_power_of_2(num_experts + 1), 1024)
     counts = experts.new_empty(chunks, num_experts + 1, dtype=torch.int32)
     starts = experts.new_empty(chunks + 1, num_experts + 1, dtype=torch.int32)
@@ -181,7 +181,6 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         ValueError: experts has not two axes.
     """
     require_rank("experts", experts, "t k")
-    is_traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(experts) is not Tensor
-    if is_traced or experts.is_meta:
-        return _sort_by_expert(experts, num_experts)
-    return sort_pairs(experts, num_experts)  # without the 50 us of an operator call, which decoding would feel
+    if is_plain(experts) and not is_in_torch_dispatch_mode():
+        return sort_pairs(experts, num_experts)
+    return _sort_by_expert(experts, num_experts)

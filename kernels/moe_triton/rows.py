@@ -107,7 +107,9 @@ def weight_grads_kernel(
             columns = start + tl.arange(0, COLUMNS)
             mask = is_kept[:, None] & (columns < D)[None, :]
             grad = tl.load(grad_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            dots += grad * tl.load(bias_rows + columns[None, :] * bias_stride_d, mask=mask, other=0.0).to(tl.float32)
+            dots += grad * tl.load(bias_rows + columns[None, :] * bias_stride_d, mask=mask, other=0.0).to(
+                tl.float32
+            )
         total += tl.sum(dots, 1)
     tl.store(out_ptr + pairs, total.to(out_ptr.dtype.element_ty), mask=is_row)
 
@@ -125,7 +127,11 @@ def expert_sums_kernel(
     for first in range(start, end, ROWS):
         rows = first + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & (columns < N)[None, :]
-        pairs = tl.load(pair_of_row_ptr + rows, mask=rows < end, other=0).to(tl.int32) if GATHER or SCALE else rows
+        pairs = (
+            tl.load(pair_of_row_ptr + rows, mask=rows < end, other=0).to(tl.int32)
+            if GATHER or SCALE
+            else rows
+        )
         at = (pairs // TOP_K if GATHER else rows).to(tl.int64)[:, None] * rows_stride + columns[None, :]
         values = tl.load(rows_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if SCALE:
@@ -209,7 +215,12 @@ def row_dots(rows: Tensor, x: Tensor, pair_of_row: Tensor, offsets: Tensor, weig
 
 
 def _dots(
-    grad: Tensor, rows: Tensor, weights: Tensor, pair_of_row: Tensor, offsets: Tensor, grad_rows: Tensor | None
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    pair_of_row: Tensor,
+    offsets: Tensor,
+    grad_rows: Tensor | None,
 ) -> Tensor:
     out, d = weights.new_empty(weights.shape), rows.shape[1]
     arguments = {

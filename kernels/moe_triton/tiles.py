@@ -288,4 +288,4 @@ def programs(config: Config, tiles: int, device: torch.device) -> int:
     """Programs of a launch: one a tile, or at most so many as run at once."""
     if not config.persistent:
         return tiles
-    return min(tiles, target_of(device).units * max(1, 8 // config.num_warps))
+    return min(tiles, target_of(device).units * config.programs)

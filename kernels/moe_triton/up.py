@@ -96,7 +96,10 @@ def up_kernel(
                     WIDTH, INS, TMA, IN_FIRST, EVEN_IN, EVEN_OUT,
                 )  # fmt: skip
                 second = product(x, tile_w, second, SWAP, PRECISION)
-        first, second = quarters(unswap(first, SWAP), ROWS, WIDTH), quarters(unswap(second, SWAP), ROWS, WIDTH)
+        first, second = (
+            quarters(unswap(first, SWAP), ROWS, WIDTH),
+            quarters(unswap(second, SWAP), ROWS, WIDTH),
+        )
         scale = tl.load(weights_ptr + pairs).to(tl.float32)[:, None] if SCALE else 1.0
         bias = bias_ptr + expert.to(tl.int64) * bias_stride_e
         has_row = (rows < end)[:, None]

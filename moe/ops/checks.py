@@ -40,6 +40,15 @@ def check_experts_ffn(
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; move one of them.")
 
 
+def refuse_batch_invariant(batch_invariant: bool) -> None:
+    """Raise RuntimeError when it is asked for: only the Triton kernels choose their order of sums."""
+    if batch_invariant:
+        raise RuntimeError(
+            "batch_invariant=True needs the triton backend: matrix products in torch choose their order of "
+            'summation by the number of rows. Use backend="triton" on a GPU, or batch_invariant=False.'
+        )
+
+
 def check_activation(activation: str) -> None:
     """Raise ValueError unless this is the name of an activation."""
     if activation not in get_args(Activation):

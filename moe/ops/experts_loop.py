@@ -5,6 +5,10 @@ Forward, for the rows r of expert i (tokens t_r, weights s_r):
 Backward, with G = dy[t_r], A recomputed:
     P = G down_i          ds_r = <P, A>        dH = act'(H) (s_r P)
     ddown_i = Gᵀ (s_r A)  dup_i = dHᵀ x[t_r]   dx[t_r] += dH up_i
+With weights_on_input s_r meets x instead, so that dX = dH up_i is the gradient of s_r x[t_r]:
+    H = (s_r x[t_r]) up_iᵀ     y[t_r] += A down_iᵀ
+    dH = act'(H) P             ds_r = <dX, x[t_r]>     dx[t_r] += s_r dX
+    ddown_i = Gᵀ A             dup_i = dHᵀ (s_r x[t_r])
 Kept between the two: x and H. Sums over a token's choices run in expert order, in float32 or wider.
 
 Decisions
@@ -72,12 +76,14 @@ def forward(
     offsets: Tensor,
     projections: Projections,
     nonlinearity: Nonlinearity,
+    weights_on_input: bool,
     pre: Tensor | None,
 ) -> Tensor:
     """y (t d). Writes the pre-activation into pre (p o) when given."""
     up, down, up_bias, down_bias = projections
     token_of_row = pair_of_row // weights.shape[1]
     scale = weights.flatten().index_select(0, pair_of_row).to(_sum_dtype(x))[:, None]
+    before, after = (scale, None) if weights_on_input else (None, scale)
     bounds = offsets.tolist()
 
     def add_outputs(y: Tensor, experts: range) -> None:
@@ -85,13 +91,12 @@ def forward(
         for block in _blocks(bounds, experts, x):
             rows, tokens = block.rows, token_of_row[block.rows]
             own = torch.index_select(x, 0, tokens, out=scratch("own", len(tokens), x.shape[1]))
+            own = _times(own, before, rows)
             hidden = scratch("hidden", len(tokens), up.shape[1]) if pre is None else pre[rows]
             _multiply(own, up.mT, up_bias, block, out=hidden)
             a = activate_into(scratch("a", len(tokens), down.shape[2]), hidden, *nonlinearity)
-            outputs = _multiply(
-                a, down.mT, down_bias, block, out=own
-            )  # over the gathered rows, now done with
-            y.index_add_(0, tokens, outputs.to(y.dtype).mul_(scale[rows]))
+            outputs = _multiply(a, down.mT, down_bias, block, out=own)  # own has done its work
+            y.index_add_(0, tokens, _times(outputs.to(y.dtype), after, rows))
 
     return sum_over_shares(add_outputs, split_experts(bounds, x.device), lambda: _zeros(x)).to(x.dtype)
 
@@ -104,6 +109,7 @@ def backward(
     offsets: Tensor,
     projections: Projections,
     nonlinearity: Nonlinearity,
+    weights_on_input: bool,
     pre: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -115,7 +121,8 @@ def backward(
         for tensor, need in zip(projections, needs[2:], strict=True)
     )
     token_of_row = pair_of_row // weights.shape[1]
-    scale = weights.flatten().index_select(0, pair_of_row).to(x.dtype)[:, None]
+    scale = weights.flatten().index_select(0, pair_of_row)[:, None]
+    before, after = (scale.to(_sum_dtype(x)), None) if weights_on_input else (None, scale.to(x.dtype))
     grad_scale = scale.new_zeros(scale.shape[0], dtype=_sum_dtype(x))
     bounds = offsets.tolist()
 
@@ -123,25 +130,29 @@ def backward(
         scratch = Scratch(x)
         for block in _blocks(bounds, experts, x):
             rows, tokens = block.rows, token_of_row[block.rows]
-            s, h = scale[rows], pre[rows]
+            h, ones = pre[rows], x.new_ones(len(tokens), 1)
             g = torch.index_select(grad, 0, tokens, out=scratch("g", len(tokens), x.shape[1]))
             own = torch.index_select(x, 0, tokens, out=scratch("own", len(tokens), x.shape[1]))
             a = activate_into(scratch("a", len(tokens), down.shape[2]), h, *nonlinearity)
             p = _multiply(g, down, None, block, out=scratch("p", len(tokens), down.shape[2]))
-            if need_weights:
+            if need_weights and not weights_on_input:
                 grad_scale[rows] = _row_dot(p, a, grad_x.dtype) + _bias_dot(g, down_bias, block, grad_x.dtype)
-            dh = activate_backward_into(scratch("dh", len(tokens), up.shape[1]), h, p.mul_(s), *nonlinearity)
-            a.mul_(s)
+            p, a = _times(p, after, rows), _times(a, after, rows)
+            dh = activate_backward_into(scratch("dh", len(tokens), up.shape[1]), h, p, *nonlinearity)
             if need_down:
                 _accumulate(grad_down, g, a, block)
             if need_down_bias:
-                _accumulate(grad_down_bias[..., None], g, s, block)
-            if need_up:
-                _accumulate(grad_up, dh, own, block)
+                _accumulate(grad_down_bias[..., None], g, ones if after is None else after[rows], block)
             if need_up_bias:
-                _accumulate(grad_up_bias[..., None], dh, torch.ones_like(s), block)
-            if need_x:
-                grad_x.index_add_(0, tokens, _multiply(dh, up, None, block, out=g).to(grad_x.dtype))
+                _accumulate(grad_up_bias[..., None], dh, ones, block)
+            if need_x or (need_weights and weights_on_input):
+                dx = _multiply(dh, up, None, block, out=g)  # g has done its work
+                if need_weights and weights_on_input:
+                    grad_scale[rows] = _row_dot(dx, own, grad_x.dtype)
+                if need_x:
+                    grad_x.index_add_(0, tokens, _times(dx.to(grad_x.dtype), before, rows))
+            if need_up:
+                _accumulate(grad_up, dh, _times(own, before, rows), block)
 
     grad_x = sum_over_shares(add_gradients, split_experts(bounds, x.device), lambda: _zeros(x))
     grad_weights = torch.empty_like(grad_scale).scatter_(0, pair_of_row, grad_scale).view(weights.shape)
@@ -262,6 +273,11 @@ def _accumulate(totals: Tensor, left: Tensor, right: Tensor, block: Block) -> No
         total = totals[expert]
         torch.addmm(total, own_left.T, own_right, beta=beta, out=total)
         beta = 0
+
+
+def _times(tensor: Tensor, scale: Tensor | None, rows: slice) -> Tensor:
+    """tensor (r n) times scale (p 1) of these rows, in place; as it is without a scale."""
+    return tensor if scale is None else tensor.mul_(scale[rows])
 
 
 def _row_dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor
 from moe.config import Activation
 from moe.ops import experts_loop
 from moe.ops.activations import activate
-from moe.ops.checks import check_experts_ffn, check_grouped_linear
+from moe.ops.checks import check_experts_ffn, check_grouped_linear, refuse_batch_invariant
 from moe.ops.experts_loop import Nonlinearity, Projections
+from moe.ops.reference import sort_by_expert
 
-__all__ = ["activate", "combine", "dispatch", "experts_ffn", "grouped_linear"]
+__all__ = ["activate", "combine", "dispatch", "experts_ffn", "grouped_linear", "sort_by_expert"]
 
 
 def dispatch(x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
@@ -57,6 +58,8 @@ def experts_ffn(
     interleaved: bool = False,
     limit: float = 7.0,
     alpha: float = 1.702,
+    weights_on_input: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The routed experts of a layer, x (t d) -> (t d). Reference: moe.ops.reference.experts_ffn.
 
@@ -64,7 +67,9 @@ def experts_ffn(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
+        RuntimeError: batch_invariant, which only the Triton kernels can promise.
     """
+    refuse_batch_invariant(batch_invariant)
     check_experts_ffn(
         x, weights, pair_of_row, row_of_pair, offsets, up_proj, down_proj, up_bias, down_bias, activation
     )
@@ -75,10 +80,12 @@ def experts_ffn(
     # An operator call costs 50 us, which a token being decoded would feel.
     if not needs_grad and type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling()):
         nonlinearity = Nonlinearity(activation, interleaved, limit, alpha)
-        return experts_loop.forward(x, weights, pair_of_row, offsets, projections, nonlinearity, pre=None)
+        return experts_loop.forward(
+            x, weights, pair_of_row, offsets, projections, nonlinearity, weights_on_input, pre=None
+        )
     y, _ = _experts_ffn(
         x, weights, pair_of_row, offsets, up_proj, down_proj, up_bias, down_bias,
-        activation, interleaved, limit, alpha, needs_grad,
+        activation, interleaved, limit, alpha, weights_on_input, needs_grad,
     )  # fmt: skip
     return y
 
@@ -208,15 +215,17 @@ def _experts_ffn(
     interleaved: bool,
     limit: float,
     alpha: float,
+    weights_on_input: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, pre-activation); the second is empty unless keep_pre."""
     projections = Projections(up_proj, down_proj, up_bias, down_bias)
     nonlinearity = Nonlinearity(cast(Activation, activation), interleaved, limit, alpha)
     pre = experts_loop.allocate((pair_of_row.shape[0] if keep_pre else 0, up_proj.shape[1]), x)
+    kept = pre if keep_pre else None
     with torch.autocast(x.device.type, enabled=False):
         y = experts_loop.forward(
-            x, weights, pair_of_row, offsets, projections, nonlinearity, pre if keep_pre else None
+            x, weights, pair_of_row, offsets, projections, nonlinearity, weights_on_input, kept
         )
     pre[int(offsets[-1]) :].zero_()
     return y, pre
@@ -244,6 +253,7 @@ def _experts_ffn_grads(
     interleaved: bool,
     limit: float,
     alpha: float,
+    weights_on_input: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up_proj, down_proj, up_bias, down_bias; empty where not needed."""
@@ -251,7 +261,7 @@ def _experts_ffn_grads(
     nonlinearity = Nonlinearity(cast(Activation, activation), interleaved, limit, alpha)
     with torch.autocast(x.device.type, enabled=False):
         return experts_loop.backward(
-            grad, x, weights, pair_of_row, offsets, projections, nonlinearity, pre, needs
+            grad, x, weights, pair_of_row, offsets, projections, nonlinearity, weights_on_input, pre, needs
         )
 
 
@@ -264,7 +274,7 @@ def _(grad, x, weights, pair_of_row, offsets, up_proj, down_proj, up_bias, down_
 
 
 def _experts_ffn_setup(ctx, inputs, output) -> None:
-    tensors, ctx.settings = inputs[:8], inputs[8:12]
+    tensors, ctx.settings = inputs[:8], inputs[8:13]
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -274,12 +284,12 @@ def _experts_ffn_backward(ctx, grad: Tensor | None, _grad_pre: Tensor | None):
     *tensors, pre = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6, 7)]
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     grads = _experts_ffn_grads(grad, *tensors, pre, *ctx.settings, needs)
     x, weights, up, down, up_bias, down_bias = (
         g if need else None for g, need in zip(grads, needs, strict=True)
     )
-    return x, weights, None, None, up, down, up_bias, down_bias, None, None, None, None, None
+    return x, weights, None, None, up, down, up_bias, down_bias, *(None,) * 6
 
 
 _experts_ffn.register_autograd(_experts_ffn_backward, setup_context=_experts_ffn_setup)

@@ -6,11 +6,11 @@
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 
 from moe.config import GATED_ACTIVATIONS, Activation
-from moe.ops.checks import check_activation, check_experts_ffn
+from moe.ops.checks import check_activation, check_experts_ffn, refuse_batch_invariant
 
 
 def moe_definition(
@@ -26,12 +26,32 @@ def moe_definition(
     interleaved: bool = False,
     limit: float = 7.0,
     alpha: float = 1.702,
+    weights_on_input: bool = False,
 ) -> Tensor:
     """y[t] = sum over the choices j of weights[t, j] * expert_{experts[t, j]}(x[t]).
 
     x (t d), experts (t k), weights (t k), up_proj (e 2h d), or (e h d) without a gate, down_proj (e d h),
     up_bias (e 2h), down_bias (e d) -> (t d). Ids outside 0..e-1 count for nothing.
+
+    weights_on_input: y[t] = sum over the choices j of expert_{experts[t, j]}(weights[t, j] * x[t]) (Llama 4).
     """
+    if weights_on_input:  # each choice is a token of its own, scaled beforehand, whose one weight is 1
+        choices = rearrange(weights.to(x.dtype)[..., None] * x[:, None], "t k d -> (t k) d")
+        one_choice = rearrange(experts, "t k -> (t k) 1")
+        y = moe_definition(
+            choices,
+            one_choice,
+            torch.ones_like(one_choice, dtype=x.dtype),
+            up_proj,
+            down_proj,
+            up_bias,
+            down_bias,
+            activation=activation,
+            interleaved=interleaved,
+            limit=limit,
+            alpha=alpha,
+        )
+        return reduce(y, "(t k) d -> t d", "sum", k=weights.shape[1])
     pre = einsum(x, up_proj, "t d, e o d -> t e o")
     pre = pre if up_bias is None else pre + up_bias
     hidden = activate(pre, activation, interleaved=interleaved, limit=limit, alpha=alpha)
@@ -41,6 +61,20 @@ def moe_definition(
     gates = (weights[..., None] * chosen).sum(1).to(outputs.dtype)
     outputs = outputs.masked_fill(~chosen.any(1)[..., None], 0)  # 0 * NaN is NaN
     return einsum(gates, outputs, "t e, t e d -> t d")
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the pairs of experts (t k), stably: pair_of_row (p), row_of_pair (p), offsets (e+1).
+
+    An id outside 0..num_experts-1 marks a pair that no expert runs; those come last, in their own order.
+    """
+    pairs = rearrange(experts, "t k -> (t k)").long()
+    pairs = pairs.clamp(-1, num_experts).remainder(num_experts + 1)  # every other id becomes num_experts
+    expert_of_row, pair_of_row = torch.sort(pairs, stable=True)
+    row_of_pair = torch.empty_like(pair_of_row)
+    row_of_pair.scatter_(0, pair_of_row, torch.arange(pairs.numel(), device=pairs.device))
+    offsets = torch.searchsorted(expert_of_row, torch.arange(num_experts + 1, device=pairs.device))
+    return pair_of_row, row_of_pair, offsets
 
 
 def dispatch(x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
@@ -116,19 +150,31 @@ def experts_ffn(
     interleaved: bool = False,
     limit: float = 7.0,
     alpha: float = 1.702,
+    weights_on_input: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The routed experts of a layer: dispatch, up-projection, activation, down-projection, combine.
 
     x (t d), weights (t k), the three tensors of a `RoutingPlan`, up_proj (e 2h d), or (e h d) without a gate,
     down_proj (e d h), up_bias (e 2h), down_bias (e d) -> (t d). Any strides.
 
+    weights_on_input: a routing weight multiplies what its expert reads, and the outputs are summed as they
+    are (Llama 4). batch_invariant: a token's output has the same bits whatever else is in the batch.
+
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
+        RuntimeError: batch_invariant, which only the Triton kernels can promise.
     """
+    refuse_batch_invariant(batch_invariant)
     check_experts_ffn(
         x, weights, pair_of_row, row_of_pair, offsets, up_proj, down_proj, up_bias, down_bias, activation
     )
     rows = dispatch(x, pair_of_row, row_of_pair, weights.shape[1])
+    if weights_on_input:
+        is_kept = torch.arange(rows.shape[0], device=x.device) < offsets[-1]
+        rows = rows.masked_fill(~is_kept[:, None], 0)  # else NaN there would reach the gradient of a weight
+        rows = rows * weights.to(x.dtype).flatten()[pair_of_row, None]
+        weights = torch.ones_like(weights)
     pre = grouped_linear(rows, up_proj, offsets, up_bias)
     hidden = activate(pre, activation, interleaved=interleaved, limit=limit, alpha=alpha)
     return combine(grouped_linear(hidden, down_proj, offsets, down_bias), weights, row_of_pair, offsets)
