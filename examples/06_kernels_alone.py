@@ -1,7 +1,7 @@
 """The Triton kernels alone, in a project that has torch and triton and nothing of ours but `moe_triton`.
 
 python examples/06_kernels_alone.py              on a GPU
-TRITON_INTERPRET=1 python examples/06_...        anywhere, slowly: Triton's interpreter runs the kernels on the CPU
+TRITON_INTERPRET=1 python examples/06_...        anywhere, slowly: in Triton's interpreter, on the CPU
 """
 
 import os
@@ -31,9 +31,7 @@ class SparseFFN(torch.nn.Module):
         """x (t d) -> (t d)."""
         weights, experts = self.router(x).float().softmax(-1).topk(k)
         pair_of_row, row_of_pair, offsets = sort_by_expert(experts, e)
-        return experts_ffn(
-            x, weights, pair_of_row, row_of_pair, offsets, self.gate_up_proj, self.down_proj, activation="swiglu"
-        )
+        return experts_ffn(x, weights, pair_of_row, row_of_pair, offsets, self.gate_up_proj, self.down_proj)
 
 
 ffn = SparseFFN().to(device, dtype)

@@ -1,8 +1,8 @@
 """Which tile, how many warps, how deep a pipeline: data, looked up from shapes alone; nothing is timed here.
 
-A table row says for one pass on one architecture: up to so many rows an expert, for experts of this size class,
-take this schedule. The user's own rows (benchmarks.tune writes them) come before the package's; where no row
-fits, `heuristic` answers.
+A table row says for one pass on one architecture: up to so many rows an expert, for experts of this size
+class, take this schedule. Of the rows that fit the one with the lowest bound is taken; of two with the same
+bound the user's own (benchmarks.tune writes them) before the package's. Where none fits, `heuristic` answers.
 """
 
 import json
@@ -25,6 +25,7 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 LARGE = 4 << 20  # numbers in one projection d h from which an expert counts as large
 MOST_ROWS = 1024  # batch-invariant schedules are those of this many rows an expert
 TABLES = Path(__file__).parent / "tables"
+FOLDER = "MOE_TRITON_TABLES"  # environment variable: the folder of the user's own rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,12 @@ class Config:
 
     rows, outs, ins  tile of the rows, outputs and inputs; the one that is summed over is the step of the loop
     group            row tiles of an expert that run side by side, so that they share a weight tile in the L2
-    persistent       (down, grad_rows) one program a multiprocessor walks over many tiles, instead of one program
-                     a tile; the passes that gather rows spill in that form
+    persistent       (down, grad_rows) each program walks over many tiles, instead of one; the passes that
+                     gather rows spill in that form
     tma              weights and other dense operands by the tensor memory accelerator, where shapes allow it
     swap             the weight is the left operand: tiles of fewer than 64 rows still fill Hopper's wgmma
-    programs         that a multiprocessor holds at once, by registers and shared memory: what the schedule counts on
-                     (benchmarks.compiled checks it), and the grid of a persistent launch
+    programs         that a multiprocessor holds at once, by registers and shared memory: the schedule counts
+                     on it, a persistent grid has so many, and benchmarks.compiled checks it
     splits           parts into which the summed axis is cut, added up later in a fixed order (few tiles only)
     """
 
@@ -104,18 +105,20 @@ def choose_config(
         return overrides[what]
     rows = MOST_ROWS if batch_invariant else max(1, pairs // max(1, num_experts))
     config = _look_up(
-        what, target, dtype, rows, "small" if d * h < LARGE else "large", str(user_table(target))
+        what, target, dtype, rows, "small" if d * h < LARGE else "large", os.environ.get(FOLDER)
     )
     return config if batch_invariant else _split(config, what, target, pairs, num_experts, d, h)
 
 
 @lru_cache(maxsize=4096)
-def _look_up(what: Pass, target: Target, dtype: torch.dtype, rows: int, size: Size, user: str) -> Config:
+def _look_up(
+    what: Pass, target: Target, dtype: torch.dtype, rows: int, size: Size, folder: str | None
+) -> Config:
     if dtype.itemsize == 2:
-        for path in (Path(user), TABLES / f"{target.name}.json"):
-            fitting = [row for row in read_table(path) if _fits(row, what, rows, size)]
-            if fitting:
-                return Config(**min(fitting, key=_bound)["config"])
+        table = [*read_table(user_table(target, folder)), *read_table(TABLES / f"{target.name}.json")]
+        fitting = [row for row in table if _fits(row, what, rows, size)]
+        if fitting:
+            return Config(**min(fitting, key=_bound)["config"])  # of equal bounds the first, the user's own
     return heuristic(what, target, dtype, rows)
 
 
@@ -127,12 +130,17 @@ def _bound(row: dict[str, Any]) -> float:
     return float("inf") if row["max_rows_per_expert"] is None else row["max_rows_per_expert"]
 
 
-def user_table(target: Target) -> Path:
-    """Where a user's own rows for this target are: under $MOE_TRITON_TABLES or ~/.cache/sparse-moe/tables."""
-    folder = os.environ.get("MOE_TRITON_TABLES")
+def user_table(target: Target, folder: str | None = None) -> Path:
+    """Where a user's own rows are: in `folder`, $MOE_TRITON_TABLES or ~/.cache/sparse-moe/tables."""
+    folder = folder or os.environ.get(FOLDER)
     return (
         Path(folder) if folder else Path.home() / ".cache" / "sparse-moe" / "tables"
     ) / f"{target.name}.json"
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next call: somebody has written rows."""
+    _look_up.cache_clear()
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -172,7 +180,7 @@ def heuristic(what: Pass, target: Target, dtype: torch.dtype, rows: int) -> Conf
 def _split(
     config: Config, what: Pass, target: Target, pairs: int, num_experts: int, d: int, h: int
 ) -> Config:
-    """Cut the summed axis of the down-projection while there are fewer tiles than half the multiprocessors."""
+    """Cut the summed axis of the down-projection while tiles fill less than half the multiprocessors."""
     if what != "down" or pairs == 0:
         return config
     tiles = min(pairs, num_experts + pairs // config.rows) * -(-d // config.outs)

@@ -1,10 +1,13 @@
 """Backward through down-projection and activation in one kernel: pass 1 of the backward.
 
-With P = W_down[e]^T dy[token of r] (p h), s the routing weight of the row, and hidden = act(pre) computed again:
+With P = W_down[e]^T dy[token of r] (p h), s the routing weight of the row, hidden = act(pre) computed again:
     gradient of hidden = s P,   gradient of pre = act'(pre) * (s P),
     scaled hidden = s hidden (what the gradient of W_down needs),   gradient of s = <P, hidden>.
 The expert's outputs are never needed: <dy, W_down hidden> = <P, hidden> (SonicMoE, 2512.14080).
 """
+
+# In kernel bodies types are Triton's.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 import torch
 import triton
@@ -36,7 +39,7 @@ def finish_columns(
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """From P (ROWS COLUMNS), the columns from `out` on: writes grad_pre and hidden; <P, hidden> of each row."""
+    """From P (ROWS COLUMNS), columns from `out` on: writes grad_pre and hidden; <P, hidden> of each row."""
     outs = out + tl.arange(0, COLUMNS)
     is_own = has_row & (outs < H)[None, :]
     element = pre_ptr.dtype.element_ty
@@ -75,9 +78,9 @@ def grad_pre_kernel(
     offsets_ptr, tile_start_ptr, tile_expert_ptr, E, P, D, H, OUT_TILES,
     grad_stride, w_stride_e, w_stride_o, w_stride_i, limit, alpha,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, SCALE: tl.constexpr,
-    TMA: tl.constexpr, IN_FIRST: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, SWAP: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    TMA: tl.constexpr, IN_FIRST: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
+    SWAP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+    GROUP: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """w is W_down as (e h d); parts (OUT_TILES p) are the gradients of s, one part for each tile of h.
 
@@ -109,8 +112,8 @@ def grad_pre_kernel(
         pieces = quarters(acc, ROWS, OUTS)
         for i in tl.static_range(4):
             part += finish_columns(
-                pieces[i], scale, row_start, has_row, out_tile * OUTS + i * (OUTS // 4), pre_ptr, grad_pre_ptr,
-                hidden_ptr, H, limit, alpha, ACTIVATION, GATE, SCALE, ROWS, OUTS // 4,
+                pieces[i], scale, row_start, has_row, out_tile * OUTS + i * (OUTS // 4), pre_ptr,
+                grad_pre_ptr, hidden_ptr, H, limit, alpha, ACTIVATION, GATE, SCALE, ROWS, OUTS // 4,
             )  # fmt: skip
         if SCALE:
             tl.store(parts_ptr + out_tile.to(tl.int64) * P + rows, part, mask=rows < end)

@@ -5,6 +5,9 @@ token instead of by row and is then gathered on the way. One program owns a tile
 of its expert in order, so the sum has one order and no atomics; an expert without rows writes zeros.
 """
 
+# In kernel bodies types are Triton's.
+# pyright: reportArgumentType=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,8 +47,9 @@ def load_rows(
 def grad_weight_kernel(
     a_ptr, a_tma, b_ptr, b_tma, out_ptr, pair_of_row_ptr, offsets_ptr, O, I, OUT_TILES, IN_TILES,
     a_stride, b_stride, out_stride_e, out_stride_o, out_stride_i,
-    TOP_K: tl.constexpr, A_GATHER: tl.constexpr, B_GATHER: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
-    EVEN_O: tl.constexpr, EVEN_I: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_K: tl.constexpr, A_GATHER: tl.constexpr, B_GATHER: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_O: tl.constexpr, EVEN_I: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Tiles run over the experts in order; inside an expert GROUP output tiles run side by side."""

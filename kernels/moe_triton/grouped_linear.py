@@ -15,7 +15,9 @@ from .tiles import Plan
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows (p i), weight (e o i) in any strides, bias (e o) -> (p o). Reference: moe.ops.reference.grouped_linear.
+    """rows (p i), weight (e o i) in any strides, bias (e o) -> (p o).
+
+    Reference: moe.ops.reference.grouped_linear.
 
     Rows offsets[e] and above belong to nobody and come out as 0.
 

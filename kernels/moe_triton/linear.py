@@ -3,6 +3,9 @@
 y[r] = W[e] rows[r] + b[e] for the rows r of expert e; rows (p i), W (e o i) in any strides, y (p o).
 """
 
+# In kernel bodies types are Triton's.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +33,8 @@ from .tiles import (
 
 @triton.jit
 def linear_kernel(
-    rows_ptr, rows_tma, w, bias_ptr, y_ptr, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, P, I, O, OUT_TILES,
-    rows_stride, w_stride_e, w_stride_o, w_stride_i, bias_stride_e, bias_stride_o,
+    rows_ptr, rows_tma, w, bias_ptr, y_ptr, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, P, I, O,
+    OUT_TILES, rows_stride, w_stride_e, w_stride_o, w_stride_i, bias_stride_e, bias_stride_o,
     SPLIT_INS, HAS_BIAS: tl.constexpr, ROWS_TMA: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr,
     EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
@@ -69,7 +72,7 @@ def linear_kernel(
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, config: Config) -> Tensor:
-    """y (p o), or its float32 parts (s p o) when the config has splits, for rows (p i) with a last stride of 1.
+    """y (p o), or its float32 parts (s p o) when the config has splits; rows (p i) have a last stride of 1.
 
     Rows from offsets[e] on are left as the memory was.
     """

@@ -4,6 +4,9 @@ Sums are in float32 and in a fixed order; rows from offsets[e] on, which belong 
 nobody. Columns lie in a row: the last stride of every matrix is 1.
 """
 
+# In kernel bodies types are Triton's.
+# pyright: reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch
@@ -61,7 +64,7 @@ def combine_grads_kernel(
     grad_ptr, rows_ptr, weights_ptr, pair_of_row_ptr, kept_ptr, grad_rows_ptr, grad_weights_ptr, D,
     grad_stride, rows_stride, TOP_K: tl.constexpr, WRITE_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad_weights[pair of r] = <rows[r], grad[token]>; with WRITE_ROWS grad_rows[r] = weight * grad[token]."""
+    """grad_weights[pair of r] = <rows[r], grad[token]>; with WRITE_ROWS grad_rows[r] = weight grad[token]."""
     row = tl.program_id(0)
     kept_columns = tl.where(row < tl.load(kept_ptr), D, 0)
     pair = tl.load(pair_of_row_ptr + row).to(tl.int32)
@@ -87,7 +90,7 @@ def weight_grads_kernel(
     bias_stride_e, bias_stride_d, TOP_K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[pair of r] = sum of the parts (n p) of row r in order, and <grad[token], bias[expert]>; 0 if dropped."""
+    """out[pair of r] = sum of the parts (n p) of row r, and <grad[token], bias[expert]>; 0 if dropped."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < P
     is_kept = is_row & (rows < tl.load(offsets_ptr + E))
@@ -176,7 +179,7 @@ def sum_rows(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """rows (p d), contiguous, or parts of them (s p d) -> (t d): each token the sum of its rows, in slot order.
+    """rows (p d), contiguous, or parts (s p d) -> (t d): a token is the sum of its rows, in slot order.
 
     weights (t k) multiply the rows. Rows from offsets[e] on are left out; without offsets all count.
     """
@@ -210,7 +213,7 @@ def combine_grads(
 
 
 def row_dots(rows: Tensor, x: Tensor, pair_of_row: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """<rows[r], x[token of r]> for each pair, in the shape and dtype of weights (t k); 0 for dropped pairs."""
+    """<rows[r], x[token of r]> for each pair, in shape and dtype of weights (t k); 0 for dropped pairs."""
     return _dots(x, rows, weights.contiguous(), pair_of_row, offsets, None)
 
 
@@ -250,7 +253,7 @@ def weight_grads(
     grad: Tensor,
     down_bias: Tensor | None,
 ) -> Tensor:
-    """Sum of the parts (n p) of each row, and <grad[token], down_bias[expert]>, in the shape of weights (t k)."""
+    """Sum of the parts (n p) of rows, and <grad[token], down_bias[expert]>, in the shape of weights (t k)."""
     pairs, num_experts = pair_of_row.shape[0], offsets.shape[0] - 1
     out = weights.new_empty(weights.shape)
     rows = 128 if down_bias is None else 16

@@ -6,6 +6,9 @@ programs that run together share weight tiles and rows in the L2 cache. The numb
 device only; the grid has the largest number that the shapes allow, and spare programs end at once.
 """
 
+# In kernel bodies types are Triton's.
+# pyright: reportArgumentType=false
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +31,7 @@ def tile_map_kernel(
     offsets_ptr, tile_start_ptr, tile_expert_ptr,  # (e+1), (e+1), (bound)
     E, BOUND, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i < e: tile_start[i], and tile_expert[those of i] = i. Program e: the total, and e for the rest."""
+    """Program i < e: tile_start[i], tile_expert[those of i] = i. Program e: the total, and e for the rest."""
     i = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     is_expert = experts < E
@@ -170,8 +173,8 @@ def unswap(acc, SWAP: tl.constexpr):
 def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile's columns in four pieces, without leaving the registers.
 
-    What follows a product is done a piece at a time: for a whole tile it would need several times the registers
-    of the accumulator.
+    What follows a product is done a piece at a time: for a whole tile it would need several times the
+    registers of the accumulator.
     """
     left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
     a, b = left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
@@ -242,7 +245,7 @@ def make_tile_map(offsets: Tensor, bound: int, rows: int) -> tuple[Tensor, Tenso
 
 
 def weight_arguments(weight: Tensor, config: Config, *, width: int = 1) -> Mapping[str, Any]:
-    """weight (e o i) in any strides for `load_weight`: through a descriptor where the config and memory allow it.
+    """weight (e o i) in any strides for `load_weight`: by a descriptor where config and memory allow it.
 
     width: tiles are width * config.outs outputs wide.
     """
@@ -268,7 +271,7 @@ def has_descriptors(device: torch.device) -> bool:
 
 
 def can_describe(tensor: Tensor) -> bool:
-    """Whether the accelerator can address a tensor: last stride 1, others and the start on 16 bytes, no axis empty."""
+    """Whether the accelerator can address it: last stride 1, others and the start on 16 bytes, not empty."""
     item = tensor.element_size()
     return (
         tensor.stride(-1) == 1

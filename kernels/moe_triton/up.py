@@ -5,6 +5,9 @@ x (t d), W_up (e 2h d) or (e h d) without a gate, pre (p 2h), hidden (p h). One 
 gate and one of the up-projection; nothing that is gathered is ever written (SonicMoE, 2512.14080).
 """
 
+# In kernel bodies types are Triton's.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,12 +66,12 @@ def up_kernel(
     x_ptr, w, bias_ptr, weights_ptr, pair_of_row_ptr, pre_ptr, hidden_ptr,
     offsets_ptr, tile_start_ptr, tile_expert_ptr, E, D, H, OUT_TILES,
     x_stride, w_stride_e, w_stride_o, w_stride_i, bias_stride_e, bias_stride_o, limit, alpha,
-    ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr,
-    KEEP_PRE: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
-    SWAP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr,
+    EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """GATE: "none"; "halves", gate rows before up rows; "pairs", interleaved, in one accumulator twice as wide."""
+    """GATE: "none"; "halves", gate rows before up rows; "pairs", interleaved, in one wide accumulator."""
     WIDTH: tl.constexpr = 2 * OUTS if GATE == "pairs" else OUTS
     PRE: tl.constexpr = 1 if GATE == "none" else 2
     total = count_tiles(offsets_ptr, tile_start_ptr, E, OUT_TILES, ROWS, EXPERTS)
@@ -106,8 +109,8 @@ def up_kernel(
         for i in tl.static_range(4):
             finish_columns(
                 first[i], second[i], scale, bias, rows.to(tl.int64)[:, None], has_row, out + i * (WIDTH // 4),
-                pre_ptr, hidden_ptr, H, bias_stride_o, limit, alpha, ACTIVATION, GATE, HAS_BIAS, SCALE, KEEP_PRE,
-                ROWS, WIDTH // 4,
+                pre_ptr, hidden_ptr, H, bias_stride_o, limit, alpha, ACTIVATION, GATE, HAS_BIAS, SCALE,
+                KEEP_PRE, ROWS, WIDTH // 4,
             )  # fmt: skip
 
 
@@ -123,8 +126,8 @@ def up(
 ) -> tuple[Tensor, Tensor | None]:
     """hidden (p h) and, with keep_pre, the pre-activation (p 2h), or (p h) without a gate.
 
-    x (t d) with a last stride of 1, weight (e o d) in any strides, bias (e o). weights (t k), contiguous: each
-    row is multiplied by its own before the bias is added, as if x had been (Llama 4); None elsewhere.
+    x (t d) with a last stride of 1, weight (e o d) in any strides, bias (e o). weights (t k), contiguous:
+    each row is multiplied by its own before the bias is added, as if x had been (Llama 4); None elsewhere.
     """
     num_experts, width, d = weight.shape
     h = width // 2 if settings.gate != "none" else width

@@ -141,7 +141,7 @@ def _gpu_obstacle(device: torch.device) -> str | None:
     if torch.compiler.is_compiling() or torch.version.hip or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the kernels need sm_80 (Ampere) or newer, and this GPU is sm_{major}{minor}."
+    return None if major >= 8 else f"the kernels need sm_80 (Ampere) or newer; this GPU is sm_{major}{minor}."
 
 
 def _as_ops(module: ModuleType) -> Ops:
