@@ -122,7 +122,9 @@ def backward(
         if parts is not None and needs_weights:
             of_weights = weight_grads(parts, pair_of_row, offsets, weights, grad, down_bias)
         if needs_x or (needs_weights and settings.weights_on_input):
-            rows = linear(of_pre, up_proj.mT, None, plan, _config("grad_rows", x, down_proj, plan, settings))
+            rows = linear(
+                of_pre, up_proj.mT, None, plan, _config("grad_rows", x, down_proj, plan, settings).whole()
+            )
             if needs_x:
                 of_x = sum_rows(rows, row_of_pair, offsets, plan.top_k, on_input, dtype=x.dtype)
             if needs_weights and settings.weights_on_input:

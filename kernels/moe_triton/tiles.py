@@ -29,9 +29,9 @@ SEARCHED_PAIRS = 1024  # up to here a program finds its expert by itself, which 
 @triton.jit
 def tile_map_kernel(
     offsets_ptr, tile_start_ptr, tile_expert_ptr,  # (e+1), (e+1), (bound)
-    E, BOUND, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    E, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i < e: tile_start[i], tile_expert[those of i] = i. Program e: the total, and e for the rest."""
+    """Program i: tile_start[i], the tiles of all earlier experts, and tile_expert[each of its own] = i."""
     i = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     is_expert = experts < E
@@ -39,8 +39,7 @@ def tile_map_kernel(
     ends = tl.load(offsets_ptr + experts + 1, mask=is_expert, other=0)
     tiles = (ends - starts + ROWS - 1).to(tl.int32) // ROWS
     first = tl.sum(tl.where(experts < i, tiles, 0))
-    own = tl.sum(tl.where(experts == i, tiles, 0))
-    last = tl.where(i == E, BOUND, first + own)
+    last = first + tl.sum(tl.where(experts == i, tiles, 0))
     tl.store(tile_start_ptr + i, first)
     for start in range(first, last, BLOCK):
         tile = start + tl.arange(0, BLOCK)
@@ -226,7 +225,7 @@ class Plan:
 
 
 def make_tile_map(offsets: Tensor, bound: int, rows: int) -> tuple[Tensor, Tensor]:
-    """tile_start (e+1) and tile_expert (bound) for tiles of so many rows; spare tiles have expert e."""
+    """tile_start (e+1) and tile_expert (bound) for tiles of so many rows; spare tiles have none."""
     num_experts = offsets.shape[0] - 1
     start = offsets.new_empty(num_experts + 1, dtype=torch.int32)
     expert = offsets.new_empty(bound, dtype=torch.int32)
@@ -235,7 +234,6 @@ def make_tile_map(offsets: Tensor, bound: int, rows: int) -> tuple[Tensor, Tenso
         "tile_start_ptr": start,
         "tile_expert_ptr": expert,
         "E": num_experts,
-        "BOUND": bound,
         "ROWS": rows,
         "EXPERTS": triton.next_power_of_2(num_experts),
         "BLOCK": 128,

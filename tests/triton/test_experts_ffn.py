@@ -1,11 +1,11 @@
 """experts_ffn of the Triton kernels gives the value and every gradient that float64 loops give."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from accuracy import (
-    DTYPES,
     HALF,
     assert_same_bits,
     assert_solved,
@@ -13,7 +13,7 @@ from accuracy import (
     kernels,
     random_upstream,
 )
-from device import DEVICE
+from device import DEVICE, INTERPRETED
 from helpers import (
     ACTIVATIONS,
     AWKWARD_ROUTINGS,
@@ -26,7 +26,7 @@ from helpers import (
     stored_transposed,
 )
 
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+NAN, INF = float("nan"), float("inf")
 BOTH_HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 PROJECTIONS = ("up_proj", "down_proj")
 BIASES = {
@@ -35,7 +35,7 @@ BIASES = {
     "up_bias": ("down_bias",),
     "down_bias": ("up_bias",),
 }
-SIZES = [(40, 24), (64, 48), (72, 20)]  # rows of 16 bytes, as tensor descriptors want them, and others
+SIZES = [(64, 48, HALF), (72, 20, HALF), (72, 20, torch.float32)]  # rows of 16 bytes, for tma, and others
 
 
 def some_dropped(top_k: int = 2):
@@ -50,8 +50,14 @@ def without(problem, names):
 # Value and every gradient
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("name", AWKWARD_ROUTINGS)
+AWKWARD = [(name, HALF) for name in AWKWARD_ROUTINGS] + [
+    (name, torch.float32)
+    for name in AWKWARD_ROUTINGS
+    if INTERPRETED or name in ("some pairs dropped", "one row per expert")  # a GPU compiles for each of them
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), AWKWARD, ids=str)
 def test_sorting_does_not_change_the_answer(name, dtype, poisoned_memory):
     problem = make_problem(*AWKWARD_ROUTINGS[name], dtype=dtype)
     ours = kernels(problem)
@@ -76,8 +82,7 @@ def test_every_activation_has_its_formula_and_gradient(activation, interleaved, 
     assert_solved(kernels(problem), expected(problem))
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize(("d", "h"), SIZES, ids=str)
+@pytest.mark.parametrize(("d", "h", "dtype"), SIZES, ids=str)
 def test_widths_need_not_divide(d, h, dtype, poisoned_memory):
     problem = make_problem(random_experts(29, 3, 5), 5, d, h, dtype=dtype)
     assert_solved(kernels(problem), expected(problem))
@@ -85,14 +90,14 @@ def test_widths_need_not_divide(d, h, dtype, poisoned_memory):
 
 @BOTH_HALVES
 def test_both_half_precisions_are_served(dtype):
-    problem = make_problem(*some_dropped(), 40, 24, dtype=dtype)
+    problem = make_problem(*some_dropped(), 64, 48, dtype=dtype)
     assert_solved(kernels(problem), expected(problem))
 
 
 @BOTH_HALVES
 def test_float32_weights_meet_narrower_experts(dtype):
     """A router works in float32; its gradient comes back in float32."""
-    problem = make_problem(random_experts(29, 2, 6), 6, 40, 24, dtype=dtype)
+    problem = make_problem(random_experts(19, 2, 6), 6, 64, 48, dtype=dtype)
     problem = replace(problem, weights=problem.weights.float())
     ours, (truth, baseline) = kernels(problem), expected(problem)
     assert ours["weights"].dtype == torch.float32
@@ -101,12 +106,17 @@ def test_float32_weights_meet_narrower_experts(dtype):
     assert_solved(ours, (truth, baseline))
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu", "relu2"])
-@pytest.mark.parametrize("top_k", [1, 2])
+ON_INPUT = [
+    (1, "swiglu", HALF),
+    (2, "swiglu", torch.float32),
+    (2, "clamped_swiglu", HALF),
+    (2, "relu2", HALF),
+]
+
+
+@pytest.mark.parametrize(("top_k", "activation", "dtype"), ON_INPUT, ids=str)
 def test_weights_on_input_scale_what_an_expert_reads(top_k, activation, dtype, poisoned_memory):
-    problem = make_problem(*some_dropped(top_k), activation=activation, dtype=dtype)
-    problem = replace(problem, weights_on_input=True)
+    problem = make_problem(*some_dropped(top_k), activation=activation, weights_on_input=True, dtype=dtype)
     assert_solved(kernels(problem), expected(problem))
 
 
@@ -135,10 +145,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("d", "h"), [(6, 5), (64, 48)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tensors_may_have_any_strides(layout, d, h):
-    problem = make_problem(*some_dropped(), d, h, dtype=HALF)
+def test_tensors_may_have_any_strides(layout):
+    problem = make_problem(*some_dropped(), 64, 48, dtype=HALF)
     if layout == "one expert's memory for all":
         problem = changed(torch.clone, *PROJECTIONS, "up_bias", "down_bias")(one_for_all(problem))
     ours = kernels(problem, stored=LAYOUTS[layout])
@@ -168,11 +177,10 @@ def test_incoming_gradients_may_have_any_strides(kind):
 # What is dropped, asked for, kept
 
 
-@pytest.mark.parametrize("weights_on_input", [False, True])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_a_dropped_token_holds_reaches_nothing(poison, weights_on_input, poisoned_memory):
+@pytest.mark.parametrize(("weights_on_input", "poison"), [(False, NAN), (False, INF), (True, NAN)])
+def test_what_a_dropped_token_holds_reaches_nothing(weights_on_input, poison, poisoned_memory):
     experts = drop(random_experts(9, 2, 4), 4, tokens=(0, 3, 8))
-    clean = replace(make_problem(experts, 4, dtype=HALF), weights_on_input=weights_on_input)
+    clean = make_problem(experts, 4, weights_on_input=weights_on_input, dtype=HALF)
     x, upstream = clean.x.clone(), random_upstream(clean)
     x[[0, 3, 8]], upstream[[0, 3, 8]] = poison, poison
     ours = kernels(replace(clean, x=x), upstream)
@@ -181,14 +189,19 @@ def test_what_a_dropped_token_holds_reaches_nothing(poison, weights_on_input, po
         assert (ours[name][[0, 3, 8]] == 0).all(), name
 
 
-@pytest.mark.parametrize("bias", ["two biases", "no bias"])
-@pytest.mark.parametrize("weights_on_input", [False, True])
-def test_a_gradient_does_not_depend_on_which_others_are_asked_for(weights_on_input, bias, poisoned_memory):
-    problem = without(make_problem(*some_dropped(), dtype=HALF), BIASES[bias])
-    problem = replace(problem, weights_on_input=weights_on_input)
-    everything = kernels(problem)
-    for wanted in [*((leaf,) for leaf in LEAVES), ("x", "weights"), PROJECTIONS]:
-        names = [name for name in wanted if name in problem.leaves]
-        part = kernels(problem, wanted=names)
-        assert part.keys() == {"y", *names}
-        assert_same_bits(part, {name: everything[name] for name in part})
+@cache
+def problem_and_every_gradient(weights_on_input):
+    problem = make_problem(*some_dropped(), weights_on_input=weights_on_input, dtype=HALF)
+    return problem, kernels(problem)
+
+
+WANTED = [(False, (leaf,)) for leaf in LEAVES] + [(False, ("x", "weights")), (False, PROJECTIONS)]
+WANTED += [(True, (leaf,)) for leaf in ("x", "weights", "up_proj")]
+
+
+@pytest.mark.parametrize(("weights_on_input", "wanted"), WANTED, ids=str)
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for(weights_on_input, wanted, poisoned_memory):
+    problem, everything = problem_and_every_gradient(weights_on_input)
+    part = kernels(problem, wanted=wanted)
+    assert part.keys() == {"y", *wanted}
+    assert_same_bits(part, {name: everything[name] for name in part})

@@ -48,9 +48,7 @@ def zeroed(tensor, kept):
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "bias"), [(24, 40, True), (7, 5, True), (24, 40, False)], ids=str
-)
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(32, 48, True), (7, 5, False)], ids=str)
 @pytest.mark.parametrize("case", OWNERS)
 def test_each_row_meets_its_owner(case, inputs, outputs, bias, dtype, poisoned_memory):
     """Rows of nobody hold NaN, in the rows and in the incoming gradient; what comes out of them is 0."""
@@ -85,7 +83,7 @@ def test_each_row_meets_its_owner(case, inputs, outputs, bias, dtype, poisoned_m
 @pytest.mark.parametrize("which", ["rows", "weight", "bias", "upstream"])
 def test_any_of_its_tensors_may_have_any_strides(which, layout):
     offsets = torch.tensor([0, 3, 20, 20, 33], device=DEVICE)
-    shapes = {"rows": (35, 24), "weight": (4, 40, 24), "bias": (4, 40), "upstream": (35, 40)}
+    shapes = {"rows": (35, 32), "weight": (4, 48, 32), "bias": (4, 48), "upstream": (35, 48)}
     dense = {name: randn(*shape, dtype=HALF).to(DEVICE) for name, shape in shapes.items()}
     leaves = dense | {which: layout(dense[which])}
     ours, theirs = (
@@ -102,7 +100,7 @@ def test_the_two_gradients_may_be_called_alone(dtype, poisoned_memory):
     offsets = torch.tensor([0, 3, 20, 20, 33], device=DEVICE)
     rows, grad, weight = (
         randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
-        for seed, shape in enumerate([(35, 24), (35, 40), (4, 40, 24)])
+        for seed, shape in enumerate([(35, 32), (35, 48), (4, 48, 32)])
     )
     through_autograd = solve_linear(
         moe_triton.grouped_linear, {"rows": rows, "weight": weight}, offsets, grad
@@ -120,10 +118,10 @@ def test_the_two_gradients_may_be_called_alone(dtype, poisoned_memory):
 def test_the_gradient_of_a_weight_adds_to_a_float32_main_gradient(dtype, poisoned_memory):
     """What is there stays there: over two micro-batches the sum is that of both, in float32."""
     offsets = torch.tensor([0, 3, 20, 20, 33], device=DEVICE)
-    before = randn(4, 40, 24, dtype=torch.float32).to(DEVICE)
+    before = randn(4, 48, 32, dtype=torch.float32).to(DEVICE)
     main, truth = before.clone(), before.double()
     for seed in (1, 2):
-        grad, rows = (randn(35, width, dtype=dtype, seed=seed + width).to(DEVICE) for width in (40, 24))
+        grad, rows = (randn(35, width, dtype=dtype, seed=seed + width).to(DEVICE) for width in (48, 32))
         for expert, (first, end) in enumerate([(0, 3), (3, 20), (20, 20), (20, 33)]):
             truth[expert] += grad[first:end].double().T @ rows[first:end].double()
         grad[33:], rows[33:] = float("nan"), float("nan")
@@ -132,10 +130,9 @@ def test_the_gradient_of_a_weight_adds_to_a_float32_main_gradient(dtype, poisone
     torch.testing.assert_close(main.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-@EVERY_DTYPE
 @pytest.mark.parametrize("name", AWKWARD_ROUTINGS)
-def test_the_level_1_operations_compose(name, dtype, poisoned_memory):
-    problem = make_problem(*AWKWARD_ROUTINGS[name], dtype=dtype)
+def test_the_level_1_operations_compose(name, poisoned_memory):
+    problem = make_problem(*AWKWARD_ROUTINGS[name], dtype=HALF)
     assert_solved(solve_here(by_composition(moe_triton), problem), expected(problem))
 
 

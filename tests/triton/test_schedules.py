@@ -7,9 +7,12 @@ from functools import cache
 import pytest
 import torch
 from accuracy import HALF, assert_same_bits, assert_solved, expected, kernels
-from device import INTERPRETED
+from device import DEVICE, INTERPRETED
 from helpers import drop, make_problem, random_experts, stored_transposed
+from hypothesis import given
+from hypothesis import strategies as st
 
+from moe_triton import tiles
 from moe_triton.config import PASSES, Config, choose_config, override
 from moe_triton.launch import Target
 
@@ -30,10 +33,9 @@ SCHEDULES = {
 @cache
 def problem_and_answers(bias=True):
     """Rows of 16 bytes, so that tma is possible; full and part tiles, and an expert without rows."""
-    tokens, d, h = (45, 40, 48) if INTERPRETED else (500, 136, 72)
-    experts = drop(random_experts(tokens, 3, 6, among=(0, 1, 3, 4, 5)), 6, tokens=(2, 11), pairs=((4, 0),))
-    experts = torch.where(experts == 5, 1, experts)  # one expert has many rows, and tokens have it twice
-    problem = make_problem(experts, 6, d, h, dtype=HALF, bias=bias)
+    tokens, d, h = (30, 40, 48) if INTERPRETED else (300, 136, 72)
+    experts = drop(random_experts(tokens, 2, 4, among=(0, 1, 3)), 4, tokens=(2, 11), pairs=((4, 0),))
+    problem = make_problem(experts, 4, d, h, dtype=HALF, bias=bias)
     return problem, expected(problem)
 
 
@@ -73,6 +75,53 @@ def test_a_schedule_serves_weights_on_input_without_biases(name, poisoned_memory
         assert_solved(kernels(problem), expected(problem))
 
 
+@pytest.mark.parametrize("name", ["16 rows, group of 1", "persistent", "4 splits, tma, persistent"])
+def test_a_map_of_the_tiles_serves_as_well_as_a_search(name, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(tiles, "SEARCHED_PAIRS", 0)
+    problem, answers = problem_and_answers()
+    with forced(SCHEDULES[name]):
+        assert_solved(kernels(problem), answers)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_a_map_names_the_expert_of_every_tile(rows):
+    counts = [300, 0, 90, 1, 16, 0]
+    offsets = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
+    per_expert = [-(-n // rows) for n in counts]
+    plan = tiles.Plan(torch.arange(407, device=DEVICE), torch.arange(407, device=DEVICE), offsets, 1, {})
+    start, expert = tiles.make_tile_map(offsets, plan.tile_bound(rows), rows)
+    assert sum(per_expert) <= plan.tile_bound(rows)
+    assert start.tolist() == [sum(per_expert[:i]) for i in range(7)]
+    owners = [i for i, n in enumerate(per_expert) for _ in range(n)]
+    assert expert[: len(owners)].tolist() == owners
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=9), st.sampled_from([16, 32, 64, 128]))
+def test_the_bound_on_tiles_holds_for_every_routing_and_is_reached_by_one(counts, rows):
+    def plan(p):
+        ids = torch.empty(p, dtype=torch.int64)
+        return tiles.Plan(ids, ids, torch.empty(len(counts) + 1), 1, {})
+
+    p, e = sum(counts), len(counts)
+    assert sum(-(-n // rows) for n in counts) <= plan(p).tile_bound(rows)
+    busy = min(e, p)
+    worst = [1] * (busy - 1) + [p - busy + 1] if busy else []
+    assert (
+        sum(-(-n // rows) for n in worst) <= plan(p).tile_bound(rows) <= sum(-(-n // rows) for n in worst) + e
+    )
+
+
+@pytest.mark.parametrize("what", PASSES)
+def test_a_batch_invariant_schedule_is_one_for_every_number_of_pairs(what):
+    for target in (Target("cuda", 90, 132), Target("cuda", 80, 108), Target("hip", "gfx942", 304)):
+        for dtype in (torch.bfloat16, torch.float32):
+            chosen = {
+                choose_config(what, target, dtype, pairs, 8, 4096, 14336, batch_invariant=True)
+                for pairs in (0, 1, 8, 100, 10_000, 1_000_000)
+            }
+            assert len(chosen) == 1 and chosen.pop().splits == 1
+
+
 def test_forcing_a_schedule_ends_with_its_block():
     target = Target("cpu", "cpu", 4)
     sizes = (HALF, 100, 4, 64, 64)
@@ -84,12 +133,8 @@ def test_forcing_a_schedule_ends_with_its_block():
 
 
 def test_a_single_token_of_wide_experts_is_split():
-    """Too few tiles for the multiprocessors: the heuristic cuts the down-projection by itself."""
+    """Too few tiles for the multiprocessors: the down-projection is cut, and added up in a fixed order."""
     problem = make_problem(random_experts(1, 2, 3), 3, 16, 512 if INTERPRETED else 4096, dtype=HALF)
-    assert_solved(kernels(problem), expected(problem))
-
-
-def test_splits_are_added_in_a_fixed_order():
-    problem, _ = problem_and_answers()
-    with forced(SCHEDULES["4 splits, tma, persistent"]):
-        assert_same_bits(kernels(problem), kernels(problem))
+    ours = kernels(problem)
+    assert_solved(ours, expected(problem))
+    assert_same_bits(kernels(problem), ours)
