@@ -9,15 +9,24 @@ TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),torch)
 export TORCH
 # Test processes. Each computes on one thread, so that two of them fill two cores and no more.
 WORKERS ?= 2
+# What needs a GPU installs nothing: the packages, with triton, pytest and hypothesis, may be those of $(PYTHON).
+GPU_PYTHON = PYTHONPATH=.:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# Most of the time of the tests is Triton's compiler: one process a file, where pytest-xdist is there.
+GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 6 --dist loadfile")' 2>/dev/null)
+# Another version of Triton, whose interpreter runs the tests of the kernels: make test-triton VERSION=3.8.0
+VERSION ?= 3.6.0
+OTHER := .venv-triton-$(VERSION)
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
+# Where the benchmarks of the kernels leave their records.
+RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench clean FORCE
+.PHONY: help demo test test-gpu test-triton check format bench bench-gpu clean FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## install, then train a small model on real text and show what it learnt
 	@if [ -e $(RUN) ]; then echo "$(RUN) exists: going on with it. To train anew: rm -r $(RUN), or make demo RUN=runs/another"; fi
@@ -25,9 +34,13 @@ demo: $(VENV)/.train ## install, then train a small model on real text and show 
 
 test: $(VENV)/.dev ## install, then run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/triton
 
-test-gpu: $(VENV)/.dev ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+test-gpu: ## the tests of the kernels on a CUDA device; installs nothing
+	$(GPU_PYTHON) -m pytest -m gpu $(GPU_WORKERS) tests/triton
+
+test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.g. VERSION=3.6.0
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.:kernels $(OTHER)/bin/python -m pytest -n $(WORKERS) tests/triton
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check
@@ -42,8 +55,11 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.layer --quick
 
+bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
+	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS)
+
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- the environment: each stamp is written when its step has succeeded ----
@@ -65,5 +81,14 @@ $(VENV)/.train: pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) install --editable '.[dev]'
 	@touch $(VENV)/.train $@
+
+# torch first: some builds of it name one triton, which the next line replaces. The interpreter of triton 3.6
+# fails in numpy 2.4.
+$(OTHER)/.ready:
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH 'numpy<2.4'
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet \
+		triton==$(VERSION) 'numpy<2.4' pytest pytest-xdist hypothesis einops safetensors
+	@touch $@
 
 FORCE:
