@@ -14,15 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import layer_tables, scaling_tables
+from benchmarks import gpu_tables, layer_tables, scaling_tables
 from benchmarks.record import FULL, RESULTS
 
 README = Path(__file__).parent / "README.md"
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_tables.render,
     "scaling_full": scaling_tables.render,
+    "gpu": gpu_tables.render,
 }
-FALLBACK = {"layer": "layer_quick", "scaling_full": "scaling_quick"}
+FALLBACK = {"layer": "layer_quick", "scaling_full": "scaling_quick", "gpu": "gpu_quick"}
 QUICK_NOTE = " **Quick settings: few sizes or seeds; a full measurement has not been made yet.**"
 
 
