@@ -104,17 +104,23 @@ def choose_config(
     if overrides and what in overrides:
         return overrides[what]
     rows = MOST_ROWS if batch_invariant else max(1, pairs // max(1, num_experts))
-    config = _look_up(
-        what, target, dtype, rows, "small" if d * h < LARGE else "large", os.environ.get(FOLDER)
-    )
+    is_aligned = d * dtype.itemsize % 16 == 0 and h * dtype.itemsize % 16 == 0
+    size: Size = "small" if d * h < LARGE else "large"
+    config = _look_up(what, target, dtype, rows, size, is_aligned, os.environ.get(FOLDER))
     return config if batch_invariant else _split(config, what, target, pairs, num_experts, d, h)
 
 
 @lru_cache(maxsize=4096)
 def _look_up(
-    what: Pass, target: Target, dtype: torch.dtype, rows: int, size: Size, folder: str | None
+    what: Pass,
+    target: Target,
+    dtype: torch.dtype,
+    rows: int,
+    size: Size,
+    is_aligned: bool,
+    folder: str | None,
 ) -> Config:
-    if dtype.itemsize == 2:
+    if dtype.itemsize == 2 and is_aligned:
         table = [*read_table(user_table(target, folder)), *read_table(TABLES / f"{target.name}.json")]
         fitting = [row for row in table if _fits(row, what, rows, size)]
         if fitting:
@@ -166,7 +172,11 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def heuristic(what: Pass, target: Target, dtype: torch.dtype, rows: int) -> Config:
-    """A schedule for what no table knows: the tile as high as an expert has rows, as wide as fits."""
+    """A schedule for what no table knows: the tile as high as an expert has rows, as wide as fits.
+
+    Sizes whose rows do not start at multiples of 16 bytes come here too: loaded in small pieces, larger tiles
+    would need more registers than there are.
+    """
     loops_over_rows = what in ("grad_down", "grad_up")
     if dtype.itemsize != 2:
         return Config(32, 64, 64 if loops_over_rows else 16, 4, 2, tma=False)

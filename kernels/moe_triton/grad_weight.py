@@ -149,9 +149,11 @@ def grad_weight(
         "GROUP": config.group,
     }
     tiles = num_experts * out_tiles * in_tiles
+    # Two of the stages go to the index of what is gathered; without them the operands' tiles would fill them.
+    stages = config.num_stages if gather_a or gather_b else max(2, config.num_stages - 2)
     launch(
         grad_weight_kernel, (tiles,), arguments,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=stages,
     )  # fmt: skip
 
 
