@@ -195,8 +195,9 @@ def complaints(report: Report, target: Target) -> list[str]:
         )
     if report.loop and report.loop.counts.get("local"):
         found.append("the main loop reads or writes local memory")
-    # A loop over tiles that is flattened into the one over inputs stores results on the same way.
-    is_flat = "persistent" in report.configuration
-    if report.loop and matrix_unit(target) == "wgmma" and report.loop.stores_to_shared and not is_flat:
+    # A loop over tiles that is flattened into the one over inputs stores results on the same way; and what
+    # starts at no multiple of 4 bytes cannot be copied but through registers.
+    is_meant = "persistent" in report.configuration or not report.loads
+    if report.loop and matrix_unit(target) == "wgmma" and report.loop.stores_to_shared and not is_meant:
         found.append("an operand goes through registers: the main loop stores to shared memory")
     return found

@@ -28,8 +28,6 @@ needs_tools = pytest.mark.skipif(not has_tools(), reason="this Triton has no ptx
 
 HOPPER = TARGETS["sm_90"]
 GEMMS = {"up", "linear", "grad_pre", "grad_weight"}
-# What is not as it should be. Strict: what gets better must leave this list.
-KNOWN = {("sm_90", "odd sizes"): "what starts at no multiple of 16 bytes can only come through registers"}
 
 
 @cache
@@ -38,13 +36,10 @@ def collected(target):
 
 
 def cells():
-    """(target, call), each skipping or failing on its own."""
+    """(target, call), each skipping on its own."""
     for name, target in TARGETS.items():
         for call in calls(target):
-            reason = KNOWN.get((name, call))
-            known = pytest.mark.xfail(reason=reason or "", strict=True, raises=AssertionError)
-            marks = [known] if reason else []
-            marks += [needs_tools] if target.kind == "cuda" else []
+            marks = [needs_tools] if target.kind == "cuda" else []
             yield pytest.param(name, call, id=f"{name}, {call}", marks=marks)
 
 
