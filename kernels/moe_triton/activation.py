@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_plain, launch
+from .launch import ceil_div, is_plain, launch
 
 GATED = ("swiglu", "geglu", "clamped_swiglu")
 ACTIVATIONS = (*GATED, "relu2", "gelu")
@@ -160,7 +160,7 @@ def _launch(
         "BACKWARD": grad is not None,
         "BLOCK": block,
     }
-    launch(activate_kernel, (triton.cdiv(numbers, block),), arguments)
+    launch(activate_kernel, (ceil_div(numbers, block),), arguments)
 
 
 @torch.library.custom_op("moe_triton::activate", mutates_args=())

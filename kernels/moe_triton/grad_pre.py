@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .activation import activation_grads
 from .config import choose_config
-from .launch import launch, target_of
+from .launch import ceil_div, launch, target_of
 from .settings import Settings
 from .tiles import (
     Plan,
@@ -132,7 +132,7 @@ def grad_pre(
         "grad_pre", target_of(grad.device), grad.dtype, plan.pairs, num_experts, d, h,
         batch_invariant=settings.batch_invariant,
     )  # fmt: skip
-    out_tiles = triton.cdiv(h, config.outs)
+    out_tiles = ceil_div(h, config.outs)
     grad_of_pre, hidden = torch.empty_like(pre), pre.new_empty(plan.pairs, h)
     parts = None if weights is None else pre.new_empty(out_tiles, plan.pairs, dtype=torch.float32)
     arguments = {

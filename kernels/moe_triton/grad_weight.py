@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Config
-from .launch import launch
+from .launch import ceil_div, launch
 from .tiles import Plan, can_describe, dot, has_descriptors, precision
 
 
@@ -114,7 +114,7 @@ def grad_weight(
     if out.stride(1) == 1 and out.stride(2) != 1:  # the tile's last axis should be the one that lies in a row
         a, b, out, gather_a, gather_b = b, a, out.mT, gather_b, gather_a
     num_experts, outputs, inputs = out.shape
-    out_tiles, in_tiles = triton.cdiv(outputs, config.outs), triton.cdiv(inputs, config.ins)
+    out_tiles, in_tiles = ceil_div(outputs, config.outs), ceil_div(inputs, config.ins)
     a_tma, a_operand = _operand(a, config.rows, config.outs, config, gathered=gather_a)
     b_tma, b_operand = _operand(b, config.rows, config.ins, config, gathered=gather_b)
     arguments = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Config
-from .launch import launch
+from .launch import ceil_div, launch
 from .tiles import (
     Plan,
     can_describe,
@@ -81,7 +81,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, config
     splits = config.splits
     y = rows.new_empty(p, outputs) if splits == 1 else rows.new_empty(splits, p, outputs, dtype=torch.float32)
     rows_tma = config.tma and has_descriptors(rows.device) and can_describe(rows)
-    out_tiles = triton.cdiv(outputs, config.outs)
+    out_tiles = ceil_div(outputs, config.outs)
     arguments = {
         "rows_ptr": rows,
         "rows_tma": TensorDescriptor(rows, [p, inputs], [rows.stride(0), 1], [config.rows, config.ins])
@@ -96,7 +96,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, config
         "rows_stride": rows.stride(0),
         "bias_stride_e": 0 if bias is None else bias.stride(0),
         "bias_stride_o": 0 if bias is None else bias.stride(1),
-        "SPLIT_INS": triton.cdiv(triton.cdiv(inputs, config.ins), splits) * config.ins,
+        "SPLIT_INS": ceil_div(ceil_div(inputs, config.ins), splits) * config.ins,
         "HAS_BIAS": bias is not None,
         "ROWS_TMA": rows_tma,
         "EVEN_IN": inputs % config.ins == 0,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .checks import require_rank
-from .launch import is_plain, launch
+from .launch import ceil_div, is_plain, launch, power_of_2
 
 FEW_PAIRS = 4096  # p² comparisons cost less than three more launches up to here
 
@@ -134,30 +134,30 @@ def _sort_few(experts: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, offsets
         "QUERIES": queries,
         "PAIRS": block,
     }
-    grid = (triton.cdiv(pairs + num_experts + 1, queries),)
+    grid = (ceil_div(pairs + num_experts + 1, queries),)
     launch(sort_few_kernel, grid, arguments, num_warps=num_warps)
 
 
 def _sort_many(experts: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, offsets: Tensor) -> None:
     pairs, num_experts = experts.numel(), offsets.numel() - 1
-    chunk = min(max(256, triton.next_power_of_2(num_experts)), 2048)  # more experts, fewer counts
-    chunks, bins = triton.cdiv(pairs, chunk), min(triton.next_power_of_2(num_experts + 1), 1024)
+    chunk = min(max(256, power_of_2(num_experts)), 2048)  # more experts, fewer counts
+    chunks, bins = ceil_div(pairs, chunk), min(power_of_2(num_experts + 1), 1024)
     counts = experts.new_empty(chunks, num_experts + 1, dtype=torch.int32)
     starts = experts.new_empty(chunks + 1, num_experts + 1, dtype=torch.int32)
     sizes = {"P": pairs, "E": num_experts, "CHUNK": chunk}
     launch(
         count_kernel,
-        (chunks, triton.cdiv(num_experts + 1, bins)),
+        (chunks, ceil_div(num_experts + 1, bins)),
         {"experts_ptr": experts, "counts_ptr": counts, **sizes, "BINS": bins},
     )
     columns = {"counts_ptr": counts, "starts_ptr": starts, "CHUNKS": chunks, "E": num_experts}
-    launch(sum_chunks_kernel, (triton.cdiv(num_experts + 1, 8),), {**columns, "ROWS": 256, "EXPERTS": 8})
+    launch(sum_chunks_kernel, (ceil_div(num_experts + 1, 8),), {**columns, "ROWS": 256, "EXPERTS": 8})
     totals = {"totals_ptr": starts[chunks], "offsets_ptr": offsets, "E": num_experts, "BLOCK": 1024}
     launch(sum_experts_kernel, (1,), totals)
     queries = min(64, 2**15 // chunk)
     results = {"offsets_ptr": offsets, "pair_of_row_ptr": pair_of_row, "row_of_pair_ptr": row_of_pair}
     arguments = {"experts_ptr": experts, "starts_ptr": starts, **results, **sizes, "QUERIES": queries}
-    launch(place_kernel, (triton.cdiv(pairs, queries),), arguments, num_warps=8)
+    launch(place_kernel, (ceil_div(pairs, queries),), arguments, num_warps=8)
 
 
 @torch.library.custom_op("moe_triton::sort_by_expert", mutates_args=())

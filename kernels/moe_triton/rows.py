@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import ceil_div, launch, power_of_2
 
 MOST_COLUMNS = 1024  # of a program: with 4 warps 8 numbers a thread
 
@@ -273,11 +273,11 @@ def weight_grads(
         "TOP_K": weights.shape[1],
         "PARTS": parts.shape[0],
         "HAS_BIAS": down_bias is not None,
-        "EXPERTS": triton.next_power_of_2(num_experts),
+        "EXPERTS": power_of_2(num_experts),
         "ROWS": rows,
         "COLUMNS": 128,
     }
-    launch(weight_grads_kernel, (triton.cdiv(pairs, rows),), arguments)
+    launch(weight_grads_kernel, (ceil_div(pairs, rows),), arguments)
     return out
 
 
@@ -310,7 +310,7 @@ def expert_sums(
         "ROWS": 32,
         "COLUMNS": columns,
     }
-    launch(expert_sums_kernel, (num_experts, triton.cdiv(width, columns)), arguments)
+    launch(expert_sums_kernel, (num_experts, ceil_div(width, columns)), arguments)
     return out
 
 
@@ -324,8 +324,8 @@ def zero_rest(rows: Tensor, offsets: Tensor) -> None:
 def _launch_columns(kernel: Any, programs: int, width: int, arguments: dict[str, Any]) -> None:
     """One program for each row, or token, and block of columns."""
     columns = _columns(width)
-    launch(kernel, (programs, triton.cdiv(width, columns)), {**arguments, "COLUMNS": columns})
+    launch(kernel, (programs, ceil_div(width, columns)), {**arguments, "COLUMNS": columns})
 
 
 def _columns(width: int) -> int:
-    return min(MOST_COLUMNS, max(16, triton.next_power_of_2(width)))
+    return min(MOST_COLUMNS, max(16, power_of_2(width)))

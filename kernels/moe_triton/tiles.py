@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Config
-from .launch import INTERPRETED, launch, target_of
+from .launch import INTERPRETED, launch, power_of_2, target_of
 
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the raw bits of bf16
 SEARCHED_PAIRS = 1024  # up to here a program finds its expert by itself, which saves the launch of the map
@@ -215,7 +215,7 @@ class Plan:
             "tile_start_ptr": start,
             "tile_expert_ptr": expert,
             "E": self.num_experts,
-            "EXPERTS": triton.next_power_of_2(self.num_experts) if searched else 0,
+            "EXPERTS": power_of_2(self.num_experts) if searched else 0,
         }
 
     def _map(self, rows: int) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ def make_tile_map(offsets: Tensor, bound: int, rows: int) -> tuple[Tensor, Tenso
         "tile_expert_ptr": expert,
         "E": num_experts,
         "ROWS": rows,
-        "EXPERTS": triton.next_power_of_2(num_experts),
+        "EXPERTS": power_of_2(num_experts),
         "BLOCK": 128,
     }
     launch(tile_map_kernel, (num_experts + 1,), arguments)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activation import activated
 from .config import choose_config
-from .launch import launch, target_of
+from .launch import ceil_div, launch, target_of
 from .settings import Settings
 from .tiles import (
     Plan,
@@ -138,7 +138,7 @@ def up(
     wide = 2 if settings.gate == "pairs" else 1
     pre = x.new_empty(plan.pairs, width) if keep_pre else None
     hidden = x.new_empty(plan.pairs, h)
-    out_tiles = triton.cdiv(h, config.outs)
+    out_tiles = ceil_div(h, config.outs)
     arguments = {
         "x_ptr": x,
         "bias_ptr": x if bias is None else bias,
