@@ -1,4 +1,4 @@
-"""Same inputs, same bits in any order of programs; outputs that do not depend on the batch; what is kept for the backward."""
+"""Same inputs, same bits; outputs that do not depend on the batch; what is kept for the backward."""
 
 from dataclasses import replace
 
