@@ -5,7 +5,7 @@
 
 The model is OLMoE (64 experts, 8 a token) at a quarter of its width and of its depth; its vocabulary is cut
 so that the head keeps its 8 % of the active parameters. One model, the same weights: only the name under
-which it finds its experts changes. Prints a Markdown table and the goals, writes benchmarks/results/hf_*.json.
+which it finds its experts changes. Prints a table and the goals, writes benchmarks/results/hf_*.json.
 """
 
 import argparse
