@@ -16,6 +16,9 @@ GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 6 --dist loadfil
 # Another version of Triton, whose interpreter runs the tests of the kernels: make test-triton VERSION=3.8.0
 VERSION ?= 3.6.0
 OTHER := .venv-triton-$(VERSION)
+# Another version of transformers, with which the tests of the bridge run: make test-hf VERSION=5.17.0
+HF_VERSION := $(if $(filter command environment,$(firstword $(origin VERSION))),$(VERSION),5.17.0)
+OTHER_HF := .venv-hf-$(HF_VERSION)
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
@@ -23,7 +26,7 @@ RUN ?= runs/demo
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton check format bench bench-gpu clean FORCE
+.PHONY: help demo test test-gpu test-triton test-hf check format bench bench-gpu clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
@@ -42,6 +45,9 @@ test-gpu: ## the tests of the kernels on a CUDA device; installs nothing
 test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.g. VERSION=3.6.0
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.:kernels $(OTHER)/bin/python -m pytest -n $(WORKERS) tests/triton
 
+test-hf: $(OTHER_HF)/.ready ## the tests of moe.hf with another transformers, e.g. VERSION=5.17.0
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(OTHER_HF)/bin/python -m pytest -n $(WORKERS) tests/hf
+
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -59,7 +65,7 @@ bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to R
 	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS)
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* .venv-hf-* build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- the environment: each stamp is written when its step has succeeded ----
@@ -89,6 +95,12 @@ $(OTHER)/.ready:
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH 'numpy<2.4'
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet \
 		triton==$(VERSION) 'numpy<2.4' pytest pytest-xdist hypothesis einops safetensors
+	@touch $@
+
+$(OTHER_HF)/.ready:
+	$(PYTHON) -m venv $(OTHER_HF)
+	$(OTHER_HF)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH \
+		transformers==$(HF_VERSION) peft accelerate pytest pytest-xdist hypothesis einops safetensors numpy
 	@touch $@
 
 FORCE:
