@@ -1,5 +1,7 @@
 """The path of a few pairs: experts_ffn straight from the router's choices, without a plan."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import (
@@ -8,15 +10,18 @@ from helpers import (
     AWKWARD_ROUTINGS,
     LIMIT,
     Problem,
+    assert_as_accurate,
     assert_same,
     by_loops,
     make_problem,
+    one_expert_at_a_time,
     random_experts,
+    spread,
+    stored_transposed,
 )
 
-from moe.ops import experts_loop, pytorch
+from moe.ops import pytorch
 from moe.ops.experts_loop import Nonlinearity, Projections
-from moe.ops.shares import sum_over_shares
 
 
 def projections_of(problem: Problem) -> Projections:
@@ -35,14 +40,22 @@ def test_a_few_pairs_give_what_loops_give(name, activation, poisoned_memory):
     assert_same(run_few(problem), by_loops(problem, **problem.leaves))
 
 
-def test_the_same_bits_as_with_a_plan():
-    problem = make_problem(random_experts(7, 3, 9), 9, d=64, h=48, dtype=torch.float32, bias=False)
-    plan = problem.plan
-    with_plan = pytorch.experts_ffn(
-        problem.x, problem.weights, plan.pair_of_row, plan.row_of_pair, plan.offsets,
-        problem.up_proj, problem.down_proj,
-    )  # fmt: skip
-    assert torch.equal(run_few(problem), with_plan)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["rows", "columns", "every other number"])
+@pytest.mark.parametrize("h", [48, 33])
+def test_a_few_pairs_err_no_more_than_torch(dtype, stored, h):
+    lay = {"rows": lambda w: w, "columns": stored_transposed, "every other number": spread}[stored]
+    truth = make_problem(random_experts(7, 3, 9), 9, d=65, h=h)
+    problem = truth.to(dtype)
+    problem = replace(problem, up_proj=lay(problem.up_proj), down_proj=lay(problem.down_proj))
+    torch_same = one_expert_at_a_time(problem, **problem.leaves)
+    rounded = problem.to(torch.float64)
+    assert_as_accurate(run_few(problem), torch_same, by_loops(rounded, **rounded.leaves))
+
+
+def test_the_same_pairs_give_the_same_bits():
+    problem = make_problem(random_experts(7, 3, 9), 9, d=64, h=48, dtype=torch.float32)
+    assert torch.equal(run_few(problem), run_few(problem))
 
 
 def test_ids_outside_the_experts_count_for_nothing_whatever_they_meet():
@@ -53,33 +66,14 @@ def test_ids_outside_the_experts_count_for_nothing_whatever_they_meet():
     assert_same(run_few(problem), by_loops(problem, **problem.leaves))
 
 
-def test_threads_with_experts_of_their_own_give_the_same_answer(monkeypatch):
-    shares = []
-
-    def spy(work, ranges, zeros):
-        shares.append(ranges)
-        return sum_over_shares(work, ranges, zeros)
-
-    monkeypatch.setattr("moe.ops.shares._SMALLEST_SHARE", 1)
-    monkeypatch.setattr(experts_loop, "sum_over_shares", spy)
-    problem = make_problem(random_experts(3, 4, 4), 4)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert_same(run_few(problem), by_loops(problem, **problem.leaves))
-    finally:
-        torch.set_num_threads(before)
-    assert shares == [[range(0, 2), range(2, 4)]]
-
-
 def test_only_a_few_pairs_on_a_cpu_without_gradients_are_few():
     def is_few(tokens: int, device: str = "cpu", grad: bool = False) -> bool:
         problem = make_problem(random_experts(tokens, 2, 4), 4).on(device)
         problem.up_proj.requires_grad_(grad)
         return pytorch.is_few(problem.x, problem.weights, projections_of(problem))
 
-    assert is_few(1) and is_few(pytorch.FEW_PAIRS // 2)
-    assert not is_few(pytorch.FEW_PAIRS // 2 + 1)
+    assert is_few(1) and is_few(4 * pytorch.FEW_ROWS // 2)
+    assert not is_few(4 * pytorch.FEW_ROWS // 2 + 1)
     assert not is_few(0)
     assert not is_few(1, device="meta")
     assert not is_few(1, grad=True)

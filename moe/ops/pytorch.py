@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from moe.config import Activation
-from moe.ops import experts_loop
+from moe.ops import experts_loop, few_pairs
 from moe.ops.activations import activate
 from moe.ops.checks import check_experts_ffn, check_grouped_linear, check_weights, refuse_batch_invariant
 from moe.ops.experts_loop import Nonlinearity, Projections
@@ -20,7 +20,8 @@ from moe.ops.reference import sort_by_expert
 
 __all__ = ["activate", "combine", "dispatch", "experts_ffn", "grouped_linear", "sort_by_expert"]
 
-FEW_PAIRS = 64  # up to here Python sorts them faster than torch does
+FEW_PAIRS = 128  # few in all ...
+FEW_ROWS = 4  # ... and on average an expert: from there on one product for all rows of an expert is faster
 
 
 def dispatch(x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
@@ -93,7 +94,7 @@ def experts_ffn(
 def is_few(x: Tensor, weights: Tensor, projections: Projections) -> bool:
     """Whether `experts_ffn_few` can run: on a CPU, without gradients or a graph, for few pairs."""
     return (
-        0 < weights.numel() <= FEW_PAIRS
+        0 < weights.numel() <= min(FEW_PAIRS, FEW_ROWS * projections.down.shape[0])
         and type(x) is Tensor
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -118,7 +119,7 @@ def experts_ffn_few(
             f"each choice needs one weight."
         )
     with torch.autocast("cpu", enabled=False):
-        return experts_loop.forward_few(x, weights, experts, projections, nonlinearity)
+        return few_pairs.experts_ffn(x, weights, experts, projections, nonlinearity)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

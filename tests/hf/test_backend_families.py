@@ -42,17 +42,24 @@ def error(ours, truth):
 
 
 def differences(model, ids):
-    """Of the logits, of the worst gradient, and of the logits of a few tokens without gradients."""
-    few = ids[:1, :4]
-    results = {}
+    """Of the logits and of the worst gradient, to those of eager."""
+    results = []
     for name in ("eager", "sparse_moe"):
         model.set_experts_implementation(name)
-        with torch.no_grad():
-            y_few = run(model, few)
-        results[name] = (*value_and_gradients(model, ids), y_few)
-    (y, grads, y_few), (ours, our_grads, our_few) = results["eager"], results["sparse_moe"]
+        results.append(value_and_gradients(model, ids))
+    (y, grads), (ours, our_grads) = results
     assert grads.keys() == our_grads.keys()
-    return error(ours, y), max(error(our_grads[n], grads[n]) for n in grads), error(our_few, y_few)
+    return error(ours, y), max(error(our_grads[n], grads[n]) for n in grads)
+
+
+def differences_of_a_few_tokens(model, ids):
+    """Of the logits without gradients, to those of eager: ours, and those of transformers' batched_mm."""
+    logits = {}
+    with torch.no_grad():
+        for name in ("eager", "sparse_moe", "batched_mm"):
+            model.set_experts_implementation(name)
+            logits[name] = run(model, ids)
+    return tuple(error(logits[name], logits["eager"]) for name in ("sparse_moe", "batched_mm"))
 
 
 def build_or_skip(family, **changes):
@@ -66,8 +73,11 @@ def build_or_skip(family, **changes):
 def test_a_family_gives_the_logits_and_gradients_of_eager(family, calls):
     moe.hf.register()
     model = build_or_skip(family)
-    logits, gradients, few = differences(model, tokens(model))
-    assert max(logits, few) <= LOGITS and gradients <= GRADIENTS
+    logits, gradients = differences(model, tokens(model))
+    assert logits <= LOGITS and gradients <= GRADIENTS
+    # Sums of one row run in another order, in ours and in batched_mm; some models amplify that.
+    ours, theirs = differences_of_a_few_tokens(model, tokens(model)[:1, :4])
+    assert ours <= max(LOGITS, 2 * theirs)
     experts = list(experts_modules(model).values())
     assert calls and all(any(module is one for one in experts) for module in calls)
 
