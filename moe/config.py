@@ -8,7 +8,10 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, cast, get_args, get_origin
+
+from moe.rotary import RopeScaling
 
 Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu2", "gelu"]
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -17,6 +20,8 @@ CapacityPolicy = Literal["score", "position"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
 LossGranularity = Literal["layer", "sequence"]
+QKNorm = Literal["head", "full"]
+LayerType = Literal["full_attention", "sliding_attention"]
 
 GATED_ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "clamped_swiglu")
 
@@ -164,7 +169,7 @@ class MoEConfig:
             if key not in known:
                 raise ValueError(f"{cls.__name__} has no key {key!r}.{did_you_mean(key, known)}")
         try:
-            return cls(**data)
+            return cls(**{key: as_tuple(value) for key, value in data.items()})
         except TypeError as error:
             raise ValueError(f"{cls.__name__}: {error}") from None
 
@@ -173,8 +178,11 @@ class MoEConfig:
 class DecoderConfig(MoEConfig):
     """A decoder-only transformer whose feed-forward layers are dense or MoE.
 
-    Layer i is MoE when `num_experts > 0`, i >= `first_k_dense_replace` and
-    (i + 1) % `decoder_sparse_step` == 0; otherwise it is a dense SwiGLU of width `intermediate_size`.
+    Layer i is MoE when `num_experts > 0`, i >= `first_k_dense_replace`, (i + 1) % `decoder_sparse_step` == 0
+    and i is not in `mlp_only_layers`; otherwise it is a dense SwiGLU of width `intermediate_size`.
+
+    With `kv_lora_rank` attention is multi-head latent attention (DeepSeek-V2, 2405.04434), which has no
+    grouped heads and takes its head sizes from the `qk_` and `v_` keys.
 
     Raises:
         ValueError: as MoEConfig, and heads or widths that do not fit together.
@@ -192,11 +200,40 @@ class DecoderConfig(MoEConfig):
     intermediate_size: int | None = None  # dense layers; needed when there is one
     first_k_dense_replace: int = 0
     decoder_sparse_step: int = 1
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    use_qk_norm: bool = False
+    mlp_only_layers: tuple[int, ...] = ()
+    mlp_bias: bool = False  # of dense layers
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+
+    # Attention
+    use_qk_norm: bool = False
+    qk_norm: QKNorm = "head"  # "full": over all heads at once, before they are parted (OLMoE, MiniMax-M2)
+    clip_qkv: float | None = None  # queries, keys and values are clamped to its range (OLMoE)
+    attention_bias: bool = False  # of q, k and v
+    attention_output_bias: bool = False
+    attention_sinks: bool = False  # a learnt logit a head in the softmax, without a value (gpt-oss)
+    attention_multiplier: float | None = None  # scale of q . k; None: 1 / sqrt(channels of a head)
+    sliding_window: int | None = None  # a query sees so many tokens, its own included
+    layer_types: tuple[LayerType, ...] | None = None  # None: all sliding with a sliding_window, else all full
+
+    # Rotary embedding
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # the share of a head's channels that turn
+    rope_interleave: bool = False  # pairs are neighbours (DeepSeek, ERNIE), not the two halves
+
+    # Multi-head latent attention
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None  # None: queries are not compressed
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    # Scales of the streams (Granite)
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0  # logits are divided by it
 
     # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
     router_aux_loss_coef: float = 0.0
@@ -205,29 +242,61 @@ class DecoderConfig(MoEConfig):
     router_z_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):  # plain data, as to_dict makes it
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
         MoEConfig.__post_init__(self)
         for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "kv_heads"):
             _require_positive(self, name)
-        for name in ("decoder_sparse_step", "max_position_embeddings"):
+        for name in ("decoder_sparse_step", "max_position_embeddings", "logits_scaling"):
             _require_positive(self, name)
+        for name in ("intermediate_size", "sliding_window", "clip_qkv", "kv_lora_rank", "q_lora_rank"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+        self._check_heads()
+        self._check_layers()
+
+    def _check_heads(self) -> None:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
                 f"{self.num_attention_heads}; change one of them or set head_dim."
             )
-        if self.head_size <= 0 or self.head_size % 2:
+        if self.head_size <= 0:
+            raise ValueError(f"head_dim={self.head_size} must be positive.")
+        if self.rotary_size <= 0 or self.rotary_size % 2:
             raise ValueError(
-                f"head_dim={self.head_size} must be positive and even: rotary embedding turns pairs."
+                f"head_dim={self.head_size} with partial_rotary_factor={self.partial_rotary_factor} lets "
+                f"{self.rotary_size} channels turn: it must be positive and even, since pairs turn."
             )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.kv_heads}: each key head serves a whole group of query heads."
             )
-        if self.intermediate_size is None and not all(map(self.is_moe_layer, range(self.num_hidden_layers))):
+        if self.kv_lora_rank is not None:
+            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                _require_positive(self, name)
+            for name in ("use_qk_norm", "attention_sinks", "clip_qkv"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)}: latent attention has none.")
+
+    def _check_layers(self) -> None:
+        layers = range(self.num_hidden_layers)
+        if not set(self.mlp_only_layers) <= set(layers):
+            raise ValueError(
+                f"mlp_only_layers={self.mlp_only_layers} must be numbers of the {len(layers)} layers."
+            )
+        if self.intermediate_size is None and not all(map(self.is_moe_layer, layers)):
             raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
-        if self.intermediate_size is not None:
-            _require_positive(self, "intermediate_size")
+        if self.layer_types is None:
+            return
+        if len(self.layer_types) != len(layers) or not set(self.layer_types) <= set(get_args(LayerType)):
+            raise ValueError(
+                f"layer_types={self.layer_types} must name one of {list(get_args(LayerType))} for each "
+                f"of the {len(layers)} layers."
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
 
     @property
     def kv_heads(self) -> int:
@@ -236,13 +305,32 @@ class DecoderConfig(MoEConfig):
 
     @property
     def head_size(self) -> int:
-        """Channels of one attention head."""
+        """Channels of one attention head; of its keys with latent attention."""
+        if self.kv_lora_rank is not None:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that rotary embedding turns."""
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim
+        return int(self.head_size * self.partial_rotary_factor)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) routes its feed-forward."""
-        past_dense = layer >= self.first_k_dense_replace
+        past_dense = layer >= self.first_k_dense_replace and layer not in self.mlp_only_layers
         return self.num_experts > 0 and past_dense and (layer + 1) % self.decoder_sparse_step == 0
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of layer number `layer` sees, its own included; None: all."""
+        is_full = self.layer_types is not None and self.layer_types[layer] == "full_attention"
+        return None if is_full else self.sliding_window
+
+
+def as_tuple(value: Any) -> Any:
+    """A list, which is what JSON has for a tuple, as one; any other value as it is."""
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
@@ -265,19 +353,28 @@ _CHOICES = {
     "router_dtype": DType,
     "router_aux_loss_convention": LossConvention,
     "router_aux_loss_granularity": LossGranularity,
+    "qk_norm": QKNorm,
 }
 
 
 def _check_type(name: str, value: object, kind: Any) -> None:
     """Refuse a value of another type than its field's; a whole number may stand for a real one."""
-    kinds = get_args(kind) or (kind,)
-    if value is None and type(None) in kinds:
+    options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    if value is None and NoneType in options:
         return
-    if bool in kinds and not isinstance(value, bool):
+    kind = options[0]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            raise ValueError(f"{name}={value!r} must be a list.")
+        for item in cast("tuple[object, ...]", value):
+            _check_type(name, item, get_args(kind)[0])
+    if kind is RopeScaling and not isinstance(value, RopeScaling):
+        raise ValueError(f"{name}={value!r} must be a table of {RopeScaling.__name__} keys.")
+    if kind is bool and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be true or false.")
-    if int in kinds and (not isinstance(value, int) or isinstance(value, bool)):
+    if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise ValueError(f"{name}={value!r} must be a whole number.")
-    if float in kinds and (
+    if kind is float and (
         not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)
     ):
         raise ValueError(f"{name}={value!r} must be a finite number.")
