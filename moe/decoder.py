@@ -24,7 +24,7 @@ from moe.checkpoint import (
     check_tensors,
     keep_other_files,
     load_config,
-    load_tensors,
+    readable_folder,
     save_config,
     save_tensors,
 )
@@ -40,6 +40,7 @@ from moe.ops.choose import Backend
 from moe.plan import RoutingPlan
 from moe.rotary import Rotation
 from moe.routing import Routing
+from moe.tensor_files import list_tensors, read_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -342,9 +343,9 @@ class Decoder(nn.Module):
         """
         with torch.device("meta"):
             decoder = cls(load_config(folder), backend=backend)
-        stored = load_tensors(folder)
+        stored = list_tensors(readable_folder(folder))
         check_tensors(stored, decoder.state_dict(), folder)
-        tensors = {name: tensor.to(device or "cpu", copy=True) for name, tensor in stored.items()}
+        tensors = {name: tensor.to(device or "cpu", copy=True) for name, tensor in read_tensors(stored)}
         decoder.load_state_dict(tensors, assign=True)
         return decoder.to(dtype).eval() if dtype else decoder.eval()
 

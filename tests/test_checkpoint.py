@@ -418,12 +418,13 @@ def test_tensors_of_any_name_layout_and_dtype_survive(tmp_path):
         load_tensors(tmp_path)
 
 
-def test_the_index_decides_which_shard_a_tensor_comes_from(tmp_path):
+def test_a_tensor_in_two_files_is_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert torch.equal(load_tensors(tmp_path)["a"], torch.zeros(2))
+    with pytest.raises(ValueError, match="a is in two files, model-00001.* and model-00002"):
+        load_tensors(tmp_path)
 
 
 def test_the_current_folder_cannot_be_replaced_under_our_feet(tmp_path, monkeypatch):
