@@ -423,7 +423,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     save_file({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match="a is in two files, model-00001.* and model-00002"):
+    with pytest.raises(ValueError, match=r"a is in two files, model-00001.* and model-00002"):
         load_tensors(tmp_path)
 
 

@@ -1,0 +1,304 @@
+"""Hugging Face checkpoint folders as decoders, and back; transformers is not needed.
+
+A decoder remembers what it was read from (`Origin`), so that saving writes the same tensors under the same names.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.atomic import atomic_folder, readable_folder
+from moe.checkpoint import CONFIG_NAME, keep_other_files, save_tensors
+from moe.config import DecoderConfig
+from moe.decoder import Decoder
+from moe.hf.export import describe_as
+from moe.hf.families import decoder_config, find_family
+from moe.hf.mxfp4 import decode_mxfp4
+from moe.hf.tensor_names import LAYER, NEVER_READ, Layout, Place, family_names, find_place, their_names
+from moe.json_files import read_json, write_json
+from moe.ops.choose import Backend
+from moe.tensor_files import StoredTensor, list_tensors, read_tensors
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BLOCKS, SCALES = "_blocks", "_scales"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a decoder was read from.
+
+    config   their config.json
+    places   their tensors in the order of the files, and which part of ours each one is
+    shapes   of those that are stored with axes of 1 more than ours
+    dtypes   of those that we keep in another dtype
+    """
+
+    config: dict[str, Any]
+    places: dict[str, Place]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+
+def load_decoder(
+    folder: str | Path,
+    *,
+    backend: Backend = "auto",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Decoder:
+    """Read a Hugging Face folder, in evaluation mode; see `Decoder.from_pretrained`."""
+    folder = readable_folder(folder)
+    config_file = folder / CONFIG_NAME
+    raw = read_json(config_file)
+    try:
+        config = decoder_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    _check_quantisation(raw, config_file)
+    with torch.device("meta"):
+        decoder = Decoder(config, backend=backend)
+    stored = _without_ignored(list_tensors(folder), raw)
+    places = _find_places(stored, decoder)
+    _check_places(stored, places, decoder, folder)
+    tensors = _read(stored, places, decoder, device or "cpu", folder)
+    decoder.load_state_dict(tensors, assign=True)
+    decoder.origin = _origin(raw, stored, places, tensors)
+    return decoder.to(dtype).eval() if dtype else decoder.eval()
+
+
+def save_decoder(
+    folder: str | Path, decoder: Decoder, *, layout: Layout | None, max_shard_bytes: float
+) -> None:
+    """Write a Hugging Face folder; see `Decoder.save_pretrained`. layout None: as it was read."""
+    origin = decoder.origin
+    if origin is None or layout is not None:
+        origin = describe(decoder, layout or "hub")
+    state = decoder.state_dict()
+    tensors = {key: _stored_form(key, state, origin) for key in origin.places}
+    with atomic_folder(folder) as temporary:
+        keep_other_files(folder, temporary)
+        write_json(temporary / CONFIG_NAME, _config_of_dtype(origin.config, state[EMBEDDING].dtype))
+        save_tensors(temporary, tensors, max_shard_bytes=max_shard_bytes)
+
+
+def describe(decoder: Decoder, layout: Layout) -> Origin:
+    """How a decoder would stand in a folder of a Hugging Face architecture: its own, or one that fits.
+
+    Raises:
+        ValueError: an unknown layout, or no architecture computes what this decoder does.
+    """
+    if layout not in ("hub", "packed"):
+        raise ValueError(f"layout={layout!r} must be 'hub' or 'packed'.")
+    raw = describe_as(decoder.config) if decoder.origin is None else decoder.origin.config
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    names = family_names(raw["model_type"], layout)
+    places: dict[str, Place] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    state = decoder.state_dict()
+    for ours in state:
+        for key, place in their_names(ours, names, decoder.config):
+            places[key] = place
+            if ours.endswith("e_score_correction_bias") and names.selection_bias_axes == 2:
+                shapes[key] = (1, *state[ours].shape)
+    return Origin(raw, places, shapes, {})
+
+
+def _check_quantisation(raw: Mapping[str, Any], config_file: Path) -> None:
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "mxfp4"):
+        raise ValueError(
+            f"{config_file}: the weights are quantised with {method!r}, which is not decoded here (only 'mxfp4' "
+            f"is). Take a checkpoint in bfloat16."
+        )
+
+
+def _without_ignored(stored: Mapping[str, StoredTensor], raw: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Without what follows from the config, and without the layers that predict tokens further ahead."""
+    layers = raw["num_hidden_layers"]
+    ahead = range(layers, layers + (raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0))
+
+    def is_read(key: str) -> bool:
+        in_layer = LAYER.fullmatch(key)
+        return not NEVER_READ.fullmatch(key) and (in_layer is None or int(in_layer[1]) not in ahead)
+
+    return {key: tensor for key, tensor in stored.items() if is_read(key)}
+
+
+def _find_places(stored: Iterable[str], decoder: Decoder) -> dict[str, Place]:
+    """Our place of each stored tensor; without those that have none."""
+    places: dict[str, Place] = {}
+    for key in stored:
+        place = find_place(key.removesuffix(BLOCKS).removesuffix(SCALES))
+        if place is not None and place.name == HEAD and decoder.lm_head is None:
+            place = Place(EMBEDDING)  # tied, and stored all the same
+        if place is not None:
+            places[key] = place
+    return places
+
+
+def _check_places(
+    stored: Mapping[str, StoredTensor], places: Mapping[str, Place], decoder: Decoder, folder: Path
+) -> None:
+    """Refuse a checkpoint unless its tensors are ours, each one once.
+
+    Raises:
+        ValueError: everything that does not fit, in one message.
+    """
+    state = decoder.state_dict()  # on the meta device: shapes
+    problems = _contradictions(stored, places, decoder.config)
+    taken: dict[Place, str] = {}
+    for key, tensor in stored.items():
+        place = places.get(key)
+        if place is None or place.name not in state or not _exists(place, state[place.name]):
+            problems.append(f"unexpected: {key} {_shape(tensor.shape)}")
+        elif place in taken and not key.endswith(SCALES) and place.name != EMBEDDING:
+            problems.append(f"twice: {taken[place]} and {key} are the same tensor of the model")
+        else:
+            problems += _wrong_form(key, tensor, place.view(state[place.name]))
+            taken[place] = key
+    problems += [f"missing: {place}" for place in _missing(taken, state)]
+    if problems:
+        listing = "\n  ".join(problems[:50])
+        more = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise ValueError(f"the tensors in {folder} do not fit its {CONFIG_NAME}:\n  {listing}{more}")
+
+
+def _exists(place: Place, tensor: Tensor) -> bool:
+    return place.expert is None or (tensor.dim() == 3 and place.expert < len(tensor))
+
+
+def _wrong_form(key: str, tensor: StoredTensor, view: Tensor) -> list[str]:
+    if key.endswith((BLOCKS, SCALES)):
+        return [] if tensor.dtype == torch.uint8 else [f"not MXFP4: {key} is {tensor.kind}, not U8"]
+    if tensor.dtype not in FLOATS:
+        return [f"not decoded: {key} is {tensor.kind}; weights must be F64, F32, F16 or BF16"]
+    if tensor.shape not in (tuple(view.shape), (1, *view.shape)):
+        return [f"wrong shape: {key} is {_shape(tensor.shape)}, the model has {_shape(view.shape)}"]
+    return []
+
+
+def _contradictions(
+    stored: Mapping[str, StoredTensor], places: Mapping[str, Place], config: DecoderConfig
+) -> list[str]:
+    """Numbers of the config that the tensors contradict, before the many tensors that follow from it."""
+    layers = {int(found[1]) for key in stored if (found := LAYER.fullmatch(key)) is not None}
+    found = {"num_hidden_layers": 1 + max(layers, default=-1)}
+    if EMBEDDING in stored and len(stored[EMBEDDING].shape) == 2:
+        found["vocab_size"], found["hidden_size"] = stored[EMBEDDING].shape
+    experts = {place.expert for place in places.values() if place.expert is not None}
+    fused = [stored[key].shape[0] for key, place in places.items() if place.name.endswith("experts.down_proj")]
+    if config.num_experts and (experts or fused):
+        found["num_experts"] = 1 + max(experts) if experts else fused[0]
+    return [
+        f"{name} is {getattr(config, name)} in {CONFIG_NAME}, but {number} by the tensors"
+        for name, number in found.items()
+        if number != getattr(config, name)
+    ]
+
+
+def _missing(taken: Mapping[Place, str], state: Mapping[str, Tensor]) -> list[str]:
+    """Names of our tensors, or parts of them, that nothing fills."""
+    filled: dict[str, set[tuple[int | None, int | None]]] = {}
+    for place in taken:
+        filled.setdefault(place.name, set()).add((place.expert, place.half))
+    missing: list[str] = []
+    for name, tensor in state.items():
+        parts = filled.get(name, set())
+        if (None, None) in parts:
+            continue
+        if not parts:
+            missing.append(f"{name} {_shape(tensor.shape)}")
+            continue
+        halves = (0, 1) if name.endswith("gate_up_proj") else (None,)
+        words = {0: " gate_proj", 1: " up_proj", None: ""}
+        missing += [
+            f"{name} of expert {expert}{words[half]}"
+            for expert in range(len(tensor))
+            for half in halves
+            if (expert, half) not in parts
+        ]
+    return missing
+
+
+def _read(
+    stored: Mapping[str, StoredTensor],
+    places: Mapping[str, Place],
+    decoder: Decoder,
+    device: torch.device | str,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """Our tensors, filled one stored tensor at a time."""
+    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    blocks: dict[Place, Tensor] = {}
+    for key, view in read_tensors(stored):
+        place = places[key]
+        is_packed = key.endswith((BLOCKS, SCALES))
+        if place.name not in tensors:
+            dtype = torch.bfloat16 if is_packed else view.dtype
+            tensors[place.name] = torch.empty(shapes[place.name], dtype=dtype, device=device)
+        target = place.view(tensors[place.name])
+        if key == HEAD and place.name == EMBEDDING:
+            _check_tied(view, stored[EMBEDDING], folder)
+        elif is_packed and place not in blocks:
+            blocks[place] = view  # of blocks and scales whichever comes first
+        elif is_packed:
+            pair = (blocks.pop(place), view) if key.endswith(SCALES) else (view, blocks.pop(place))
+            _decode(*pair, target)
+        else:
+            target.copy_(view.view(target.shape))
+    return tensors
+
+
+def _check_tied(head: Tensor, embedding: StoredTensor, folder: Path) -> None:
+    ((_, other),) = read_tensors({EMBEDDING: embedding})
+    if not torch.equal(head, other):
+        raise ValueError(
+            f"{folder / CONFIG_NAME} says tie_word_embeddings=true, but {HEAD} and {EMBEDDING} differ. "
+            f"Set it to false, or remove {HEAD}."
+        )
+
+
+def _decode(blocks: Tensor, scales: Tensor, target: Tensor) -> None:
+    """Expert by expert, from (outputs, inputs) into (inputs, outputs)."""
+    for expert, decoded in enumerate(target):
+        decoded.copy_(decode_mxfp4(blocks[expert], scales[expert], target.dtype).T)
+
+
+def _origin(
+    raw: dict[str, Any],
+    stored: Mapping[str, StoredTensor],
+    places: Mapping[str, Place],
+    tensors: Mapping[str, Tensor],
+) -> Origin:
+    """Packed 4-bit tensors are remembered under the names of what they hold."""
+    kept = {key.removesuffix(BLOCKS): place for key, place in places.items() if not key.endswith(SCALES)}
+    views = {key: place.view(tensors[place.name]) for key, place in kept.items()}
+    plain = [key for key in kept if key in stored]
+    shapes = {key: stored[key].shape for key in plain if stored[key].shape != tuple(views[key].shape)}
+    dtypes = {
+        key: views[key].dtype for key in plain if key.endswith("e_score_correction_bias")
+    }  # the router keeps it in float32
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    return Origin(raw, kept, shapes, dtypes)
+
+
+def _stored_form(key: str, state: Mapping[str, Tensor], origin: Origin) -> Tensor:
+    place = origin.places[key]
+    tensor = place.view(state[place.name])
+    tensor = tensor.to(origin.dtypes.get(key, tensor.dtype))
+    return tensor.reshape(origin.shapes.get(key, tensor.shape))
+
+
+def _config_of_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return config | {key: str(dtype).removeprefix("torch.")}
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return f"({' '.join(map(str, shape))})"
