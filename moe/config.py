@@ -18,6 +18,9 @@ Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore = Literal["max", "top2"]
 CapacityPolicy = Literal["score", "position"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+RouterDType = DType | Literal["model"]
+WeightsDType = DType | Literal["model", "logits"]
+SharedCombination = Literal["sum", "average"]
 LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
 LossGranularity = Literal["layer", "sequence"]
 QKNorm = Literal["head", "full"]
@@ -64,17 +67,31 @@ class MoEConfig:
     group_score: GroupScore = "top2"
     norm_topk_prob: bool = True
     norm_topk_eps: float = 0.0
+    norm_topk_min: float = 0.0  # what the sum is raised to before the division (moe_norm_min of ERNIE 4.5)
+    # False: a token's choices stand in the order in which torch.topk(sorted=False) finds them, as in
+    # DeepSeek-V3. The choices are the same; the sum that renormalises them may differ in its last bit
+    topk_sorted: bool = True
     routed_scaling_factor: float = 1.0
     router_bias: bool = False
     router_logit_softcap: float | None = None
     router_jitter_noise: float = 0.0
-    router_dtype: DType = "float32"  # logits and scores are computed in this dtype, or in that of x if wider
-    routing_weights_dtype: DType | None = None  # None: as router_dtype
+    jitter_experts: bool = False  # True: the experts read the jittered x too, as in Mixtral's block
+    # Logits, scores and weights are computed in this dtype, or in that of x if wider. "model": in the dtype
+    # that x and the router's weight have, as gpt-oss does. Under autocast the model's dtype is autocast's
+    router_dtype: RouterDType = "float32"
+    # The product x . weight alone; None: as router_dtype. "model" with router_dtype="float32" is what Mixtral
+    # and Qwen do: a product in bfloat16, then scores in float32
+    router_logits_dtype: RouterDType | None = None
+    # What the experts are given; None: as router_dtype. "model": the dtype of x (Granite, ERNIE 4.5),
+    # "logits": the dtype of the product (Qwen)
+    routing_weights_dtype: WeightsDType | None = None
 
     # Shared experts: one dense FFN of width n_shared_experts * shared_expert_intermediate_size
     n_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None  # None: as moe_intermediate_size
     shared_expert_gate: bool = False  # True: multiplied by sigmoid(x . w), as Qwen2-MoE does
+    shared_expert_activation: Activation = "swiglu"  # any but clamped_swiglu
+    shared_expert_combination: SharedCombination = "sum"  # "average": (routed + shared) / 2, as in Cohere 2
 
     # Capacity: None is dropless. It grows with the batch, so a later token can decide whether an earlier one
     # is dropped, and decoding with a cache drops other tokens than a whole forward pass does
@@ -136,6 +153,11 @@ class MoEConfig:
             _require_positive(self, "shared_expert_intermediate_size")
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError("shared_expert_gate=True needs n_shared_experts >= 1.")
+        if self.shared_expert_activation == "clamped_swiglu":
+            raise ValueError(
+                'shared_expert_activation="clamped_swiglu": shared experts have no limit to clamp at. '
+                'Use "swiglu".'
+            )
 
     @property
     def is_gated(self) -> bool:
@@ -350,7 +372,11 @@ _CHOICES = {
     "scoring_func": Score,
     "group_score": GroupScore,
     "capacity_policy": CapacityPolicy,
-    "router_dtype": DType,
+    "shared_expert_activation": Activation,
+    "shared_expert_combination": SharedCombination,
+    "router_dtype": RouterDType,
+    "router_logits_dtype": RouterDType,
+    "routing_weights_dtype": WeightsDType,
     "router_aux_loss_convention": LossConvention,
     "router_aux_loss_granularity": LossGranularity,
     "qk_norm": QKNorm,
@@ -380,6 +406,12 @@ def _check_type(name: str, value: object, kind: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a finite number.")
 
 
+def _words(choices: Any) -> list[str]:
+    """The words of a Literal, or of a union of Literals."""
+    parts = [_words(part) if get_args(part) else [part] for part in get_args(choices)]
+    return [word for part in parts for word in part]
+
+
 def _check_fields(config: MoEConfig) -> None:
     """Refuse negative counts and words outside their choices."""
     for field in fields(config):
@@ -387,11 +419,7 @@ def _check_fields(config: MoEConfig) -> None:
         _check_type(field.name, value, field.type)
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{field.name}={value} must not be negative.")
-        if field.name in _CHOICES and value not in get_args(_CHOICES[field.name]):
-            choices = list(get_args(_CHOICES[field.name]))
+        choices = _words(_CHOICES[field.name]) if field.name in _CHOICES else []
+        is_left_out = value is None and type(None) in get_args(field.type)
+        if choices and value not in choices and not is_left_out:
             raise ValueError(f"{field.name}={value!r} must be one of {choices}.")
-    if config.routing_weights_dtype not in (None, *get_args(DType)):
-        raise ValueError(
-            f"routing_weights_dtype={config.routing_weights_dtype!r} must be None or one of "
-            f"{list(get_args(DType))}."
-        )

@@ -4,16 +4,20 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from moe.autocast import autocast_dtype
-from moe.config import MoEConfig
+from moe.config import GATED_ACTIVATIONS, MoEConfig
 from moe.experts import Experts
-from moe.feed_forward import Projection, SwiGLU
+from moe.feed_forward import Projection
 from moe.ops.choose import Backend
 from moe.plan import RoutingPlan, drop_over_capacity
-from moe.routing import Router, Routing
+from moe.routing import Router, Routing, jitter
+
+# The function inside a shared expert; the names are those of whole activations
+NONLINEARITIES = {"swiglu": F.silu, "geglu": F.gelu, "relu2": lambda x: F.relu(x).square(), "gelu": F.gelu}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,17 +34,27 @@ class MoEOutput:
     plan: RoutingPlan
 
 
-class SharedExpert(SwiGLU):
-    """A SwiGLU that every token runs, optionally times sigmoid(gate . x) (Qwen2-MoE)."""
+class SharedExpert(nn.Module):
+    """A feed-forward layer that every token runs, optionally times sigmoid(gate . x) (Qwen2-MoE).
+
+    down_proj(act(gate_proj(x)) * up_proj(x)), or down_proj(act(up_proj(x))) for activations without a gate.
+    """
 
     def __init__(self, config: MoEConfig, *, output_scale: float = 1.0) -> None:
-        std = config.initializer_range
-        super().__init__(config.hidden_size, config.shared_width, std=std, output_std=std * output_scale)
-        self.gate = Projection(config.hidden_size, 1, std=std) if config.shared_expert_gate else None
+        super().__init__()
+        d, h, std = config.hidden_size, config.shared_width, config.initializer_range
+        self.activation = config.shared_expert_activation
+        is_gated = self.activation in GATED_ACTIVATIONS
+        self.gate_proj = Projection(d, h, std=std) if is_gated else None
+        self.up_proj = Projection(d, h, std=std)
+        self.down_proj = Projection(h, d, std=std * output_scale)
+        self.gate = Projection(d, 1, std=std) if config.shared_expert_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (... d) -> (... d)."""
-        y = super().forward(x)
+        act = NONLINEARITIES[self.activation]
+        up = self.up_proj(x)
+        y = self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)
         return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
 
 
@@ -94,11 +108,14 @@ class MoE(nn.Module):
         if mask is not None:
             mask = mask.reshape(-1)
             tokens = tokens.masked_fill(~mask[:, None], 0)  # whatever padding holds, it reaches no gradient
+        if self.training and self.config.jitter_experts:
+            tokens = jitter(tokens, self.config.router_jitter_noise)
         routing = self.router(tokens, mask)
         plan = self._plan(routing)
         y = self.experts(tokens, routing.weights, plan)
         if self.shared_expert is not None:
             y = y + self.shared_expert(tokens)
+            y = y / 2 if self.config.shared_expert_combination == "average" else y
         return MoEOutput(y.view(x.shape), routing, plan)
 
     def _plan(self, routing: Routing) -> RoutingPlan:
