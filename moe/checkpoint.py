@@ -26,6 +26,7 @@ from moe.tensor_files import StoredTensor, list_tensors, read_tensors
 __all__ = [
     "atomic_folder",
     "check_tensors",
+    "is_foreign",
     "keep_other_files",
     "load_config",
     "load_tensors",
@@ -150,6 +151,12 @@ def load_config(folder: str | Path) -> DecoderConfig:
         return DecoderConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether `config.json` is of another library's model: it names a `model_type` that is not ours."""
+    path = readable_folder(folder) / CONFIG_NAME
+    return path.exists() and read_json(path).get("model_type", MODEL_TYPE) != MODEL_TYPE
 
 
 def keep_other_files(old: str | Path, new: Path) -> None:

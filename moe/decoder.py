@@ -9,7 +9,7 @@ Axes: b batch, s sequence, t = b * s tokens, d model width, v vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, Unpack, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from moe.checkpoint import (
     MAX_SHARD_BYTES,
     atomic_folder,
     check_tensors,
+    is_foreign,
     keep_other_files,
     load_config,
     readable_folder,
@@ -41,6 +42,10 @@ from moe.plan import RoutingPlan
 from moe.rotary import Rotation
 from moe.routing import Routing
 from moe.tensor_files import list_tensors, read_tensors
+
+if TYPE_CHECKING:
+    from moe.hf.checkpoint import Origin
+    from moe.hf.tensor_names import Layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,6 +222,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = checkpoint_blocks
+        self.origin: Origin | None = None  # the Hugging Face folder that it was read from
         self.model = Backbone(config, backend=backend)
         self.lm_head = (
             None
@@ -312,15 +318,31 @@ class Decoder(nn.Module):
         """Prompt and continuation, (b s + new tokens); see `moe.generate.generate`."""
         return generate(self, ids, **options)
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: float = MAX_SHARD_BYTES) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        layout: "Layout | None" = None,
+        max_shard_bytes: float = MAX_SHARD_BYTES,
+    ) -> None:
         """Write config and weights; the folder is the old one or the new one at any moment (moe/atomic.py).
 
         Tied weights are stored once. Other files in the folder (a tokenizer) stay.
 
+        layout  None: as the decoder was read, to the byte, or in a layout of our own when it was made here.
+                "hub": as transformers writes the architecture, "packed": as transformers holds it in memory,
+                with all experts of a layer in one tensor; of the architecture that the decoder was read from,
+                or of one that computes the same. Weights that were stored in 4 bits are written in 16.
+
         Raises:
-            ValueError: the folder holds subfolders.
+            ValueError: the folder holds subfolders, or no architecture computes what this decoder does.
             OSError: no space left on disk, or another failure of the file system; the old folder is intact.
         """
+        if layout is not None or self.origin is not None:
+            from moe.hf.checkpoint import save_decoder
+
+            save_decoder(folder, self, layout=layout, max_shard_bytes=max_shard_bytes)
+            return
         with atomic_folder(folder) as temporary:
             keep_other_files(folder, temporary)
             save_config(temporary, self.config)
@@ -334,13 +356,20 @@ class Decoder(nn.Module):
         backend: Backend = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Self:
-        """Read what `save_pretrained` wrote, in evaluation mode. `dtype` None keeps the stored one.
+    ) -> "Decoder":
+        """Read what `save_pretrained` wrote, or a Hugging Face folder, in evaluation mode.
+
+        `dtype` None keeps the stored ones. Experts of a Hugging Face folder are read one by one into place,
+        in any layout, so that memory is little more than the model's; `moe.hf.families` lists the families.
 
         Raises:
             FileNotFoundError: no config or no weights.
-            ValueError: an unknown config key, a damaged file, or tensors that do not fit the config.
+            ValueError: a config that is not known here, a damaged file, tensors that do not fit the config.
         """
+        if is_foreign(folder):
+            from moe.hf.checkpoint import load_decoder
+
+            return load_decoder(folder, backend=backend, dtype=dtype, device=device)
         with torch.device("meta"):
             decoder = cls(load_config(folder), backend=backend)
         stored = list_tensors(readable_folder(folder))

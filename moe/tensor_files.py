@@ -5,6 +5,7 @@ let go of again every so many bytes, so reading a model needs little more memory
 inside the folder are read.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +75,14 @@ def list_tensors(folder: Path, *, name: str = "model") -> dict[str, StoredTensor
 def read_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     """Each tensor in turn, as a view of its file on the CPU: copy what you keep before you take the next."""
     for file in dict.fromkeys(stored.file for stored in tensors.values()):
-        keys = [key for key, stored in tensors.items() if stored.file == file]
+        keys = deque(key for key, stored in tensors.items() if stored.file == file)
         while keys:
             taken = 0
             with _open(file) as handle:
                 while keys and taken < MAPPED_BYTES:
                     view = handle.get_tensor(keys[0])
                     taken += view.nbytes
-                    yield keys.pop(0), view
+                    yield keys.popleft(), view
                     del view
 
 

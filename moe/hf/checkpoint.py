@@ -1,10 +1,11 @@
 """Hugging Face checkpoint folders as decoders, and back; transformers is not needed.
 
-A decoder remembers what it was read from (`Origin`), so that saving writes the same tensors under the same names.
+A decoder remembers what it was read from (`Origin`), so that saving writes the same tensors under the same
+names.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from moe.atomic import atomic_folder, readable_folder
 from moe.checkpoint import CONFIG_NAME, keep_other_files, save_tensors
 from moe.config import DecoderConfig
 from moe.decoder import Decoder
-from moe.hf.export import describe_as
-from moe.hf.families import decoder_config, find_family
-from moe.hf.mxfp4 import decode_mxfp4
-from moe.hf.tensor_names import LAYER, NEVER_READ, Layout, Place, family_names, find_place, their_names
 from moe.json_files import read_json, write_json
 from moe.ops.choose import Backend
 from moe.tensor_files import StoredTensor, list_tensors, read_tensors
+
+from .export import describe_as
+from .families import decoder_config
+from .mxfp4 import decode_mxfp4
+from .router_table import FAMILIES as ROUTERS
+from .router_table import Key
+from .tensor_names import LAYER, NEVER_READ, Layout, Names, Place, family_names, find_place, their_names
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -36,12 +40,14 @@ class Origin:
     places   their tensors in the order of the files, and which part of ours each one is
     shapes   of those that are stored with axes of 1 more than ours
     dtypes   of those that we keep in another dtype
+    empty    shapes of those without a number: a block that always has shared experts, of width 0
     """
 
     config: dict[str, Any]
     places: dict[str, Place]
     shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    empty: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def load_decoder(
@@ -62,12 +68,14 @@ def load_decoder(
     _check_quantisation(raw, config_file)
     with torch.device("meta"):
         decoder = Decoder(config, backend=backend)
-    stored = _without_ignored(list_tensors(folder), raw)
+    listed = list_tensors(folder)
+    stored = _without_ignored(listed, raw)
     places = _find_places(stored, decoder)
     _check_places(stored, places, decoder, folder)
     tensors = _read(stored, places, decoder, device or "cpu", folder)
     decoder.load_state_dict(tensors, assign=True)
-    decoder.origin = _origin(raw, stored, places, tensors)
+    empty = {key: tensor.shape for key, tensor in listed.items() if 0 in tensor.shape}
+    decoder.origin = _origin(raw, stored, places, tensors, empty)
     return decoder.to(dtype).eval() if dtype else decoder.eval()
 
 
@@ -80,6 +88,7 @@ def save_decoder(
         origin = describe(decoder, layout or "hub")
     state = decoder.state_dict()
     tensors = {key: _stored_form(key, state, origin) for key in origin.places}
+    tensors |= {key: state[EMBEDDING].new_empty(shape) for key, shape in origin.empty.items()}
     with atomic_folder(folder) as temporary:
         keep_other_files(folder, temporary)
         write_json(temporary / CONFIG_NAME, _config_of_dtype(origin.config, state[EMBEDDING].dtype))
@@ -105,15 +114,29 @@ def describe(decoder: Decoder, layout: Layout) -> Origin:
             places[key] = place
             if ours.endswith("e_score_correction_bias") and names.selection_bias_axes == 2:
                 shapes[key] = (1, *state[ours].shape)
-    return Origin(raw, places, shapes, {})
+    return Origin(raw, places, shapes, empty=_empty_shared(raw, names, decoder.config))
+
+
+def _empty_shared(raw: Mapping[str, Any], names: Names, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shared experts of width 0, for an architecture that has them always."""
+    row = ROUTERS.get(raw["model_type"])
+    if row is None or config.n_shared_experts or not isinstance(row.settings.get("n_shared_experts"), Key):
+        return {}
+    d, layers = config.hidden_size, filter(config.is_moe_layer, range(config.num_hidden_layers))
+    shapes = {"gate_proj": (0, d), "up_proj": (0, d), "down_proj": (d, 0)}
+    return {
+        f"model.layers.{layer}.{names.block}.{names.shared}.{part}.weight": shape
+        for layer in layers
+        for part, shape in shapes.items()
+    }
 
 
 def _check_quantisation(raw: Mapping[str, Any], config_file: Path) -> None:
     method = (raw.get("quantization_config") or {}).get("quant_method")
     if method not in (None, "mxfp4"):
         raise ValueError(
-            f"{config_file}: the weights are quantised with {method!r}, which is not decoded here (only 'mxfp4' "
-            f"is). Take a checkpoint in bfloat16."
+            f"{config_file}: the weights are quantised with {method!r}, which is not decoded here (only "
+            f"'mxfp4' is). Take a checkpoint in bfloat16."
         )
 
 
@@ -124,7 +147,11 @@ def _without_ignored(stored: Mapping[str, StoredTensor], raw: Mapping[str, Any])
 
     def is_read(key: str) -> bool:
         in_layer = LAYER.fullmatch(key)
-        return not NEVER_READ.fullmatch(key) and (in_layer is None or int(in_layer[1]) not in ahead)
+        return (
+            0 not in stored[key].shape
+            and not NEVER_READ.fullmatch(key)
+            and (in_layer is None or int(in_layer[1]) not in ahead)
+        )
 
     return {key: tensor for key, tensor in stored.items() if is_read(key)}
 
@@ -152,15 +179,18 @@ def _check_places(
     state = decoder.state_dict()  # on the meta device: shapes
     problems = _contradictions(stored, places, decoder.config)
     taken: dict[Place, str] = {}
+    kinds: dict[str, str] = {}
     for key, tensor in stored.items():
         place = places.get(key)
-        if place is None or place.name not in state or not _exists(place, state[place.name]):
+        if place is None or place.name not in state or not _exists(place, state[place.name], decoder.config):
             problems.append(f"unexpected: {key} {_shape(tensor.shape)}")
         elif place in taken and not key.endswith(SCALES) and place.name != EMBEDDING:
             problems.append(f"twice: {taken[place]} and {key} are the same tensor of the model")
         else:
             problems += _wrong_form(key, tensor, place.view(state[place.name]))
             taken[place] = key
+            if kinds.setdefault(place.name, tensor.kind) != tensor.kind:
+                problems.append(f"two dtypes: {key} is {tensor.kind}, others of it are {kinds[place.name]}")
     problems += [f"missing: {place}" for place in _missing(taken, state)]
     if problems:
         listing = "\n  ".join(problems[:50])
@@ -168,8 +198,11 @@ def _check_places(
         raise ValueError(f"the tensors in {folder} do not fit its {CONFIG_NAME}:\n  {listing}{more}")
 
 
-def _exists(place: Place, tensor: Tensor) -> bool:
-    return place.expert is None or (tensor.dim() == 3 and place.expert < len(tensor))
+def _exists(place: Place, tensor: Tensor, config: DecoderConfig) -> bool:
+    if place.expert is None:
+        return True
+    one_by_one = config.is_concatenated and not config.is_transposed
+    return one_by_one and tensor.dim() == 3 and place.expert < len(tensor)
 
 
 def _wrong_form(key: str, tensor: StoredTensor, view: Tensor) -> list[str]:
@@ -191,7 +224,9 @@ def _contradictions(
     if EMBEDDING in stored and len(stored[EMBEDDING].shape) == 2:
         found["vocab_size"], found["hidden_size"] = stored[EMBEDDING].shape
     experts = {place.expert for place in places.values() if place.expert is not None}
-    fused = [stored[key].shape[0] for key, place in places.items() if place.name.endswith("experts.down_proj")]
+    fused = [
+        stored[key].shape[0] for key, place in places.items() if place.name.endswith("experts.down_proj")
+    ]
     if config.num_experts and (experts or fused):
         found["num_experts"] = 1 + max(experts) if experts else fused[0]
     return [
@@ -275,6 +310,7 @@ def _origin(
     stored: Mapping[str, StoredTensor],
     places: Mapping[str, Place],
     tensors: Mapping[str, Tensor],
+    empty: dict[str, tuple[int, ...]],
 ) -> Origin:
     """Packed 4-bit tensors are remembered under the names of what they hold."""
     kept = {key.removesuffix(BLOCKS): place for key, place in places.items() if not key.endswith(SCALES)}
@@ -285,7 +321,7 @@ def _origin(
         key: views[key].dtype for key in plain if key.endswith("e_score_correction_bias")
     }  # the router keeps it in float32
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}
-    return Origin(raw, kept, shapes, dtypes)
+    return Origin(raw, kept, shapes, dtypes, empty)
 
 
 def _stored_form(key: str, state: Mapping[str, Tensor], origin: Origin) -> Tensor:

@@ -1,7 +1,7 @@
-"""A decoder of ours as an architecture that transformers has: which one computes the same, and its config.json.
+"""A decoder of ours as an architecture that transformers has: which one computes the same, and its config.
 
-The tables that read configs are read backwards: a family fits when the config that it would write describes the
-decoder again.
+The tables that read configs are read backwards: a family fits when the config that it would write describes
+the decoder again.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,25 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from moe.config import DecoderConfig
-from moe.hf import routers
-from moe.hf.families import FAMILIES, DecoderFamily, decoder_config
+
+from .families import FAMILIES, DecoderFamily, decoder_config
+from .router_table import FAMILIES as ROUTERS
+from .router_table import Key, Settings
 
 NEGLIGIBLE = 1e-12  # an epsilon in the sum of k scores that no float32 result shows
 ALIASES = ("kimi_k2",)  # no class of its own in transformers
+# What a config class calls the number of experts and of choices; the table of routers has one name for each.
+LOCAL, ROUTED = {"num_experts": "num_local_experts"}, {"num_experts": "n_routed_experts"}
+WRITTEN_AS: dict[str, dict[str, str]] = {
+    "mixtral": LOCAL,
+    "granitemoe": LOCAL,
+    "gpt_oss": LOCAL,
+    "minimax_m2": LOCAL,
+    "deepseek_v2": ROUTED,
+    "deepseek_v3": ROUTED,
+    "glm4_moe": ROUTED,
+    "ernie4_5_moe": {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
+}
 # Settings that change no result in exact arithmetic: precision, order, how weights were drawn, losses
 WITHOUT_EFFECT = (
     "initializer_range",
@@ -57,7 +71,8 @@ def describe_as(config: DecoderConfig) -> dict[str, Any]:
     nearest = sorted(reasons, key=lambda name: len(reasons[name]))[:3]
     listing = "\n  ".join(f"{name}: {'; '.join(reasons[name])}" for name in nearest)
     raise ValueError(
-        f"no architecture of transformers that is known here computes what this decoder does. Nearest:\n  {listing}"
+        f"no architecture of transformers that is known here computes what this decoder does. Nearest:\n"
+        f"  {listing}"
     )
 
 
@@ -119,7 +134,7 @@ def _write(model_type: str, family: DecoderFamily, config: DecoderConfig) -> dic
     if family.is_moe:
         written |= _write_experts(model_type, config)
     values = {"head_dim": config.head_size, "num_key_value_heads": config.kv_heads}
-    for ours, key in family.keys.items():
+    for ours, key in _keys(family.settings):
         value = values.get(ours, getattr(config, ours))
         if ours == "intermediate_size" and value is None:
             value = config.moe_intermediate_size  # of dense layers, of which there are none
@@ -129,12 +144,12 @@ def _write(model_type: str, family: DecoderFamily, config: DecoderConfig) -> dic
     if "moe_layer_end_index" in family.defaults:
         dense_at_end = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
         written["moe_layer_end_index"] = max(dense_at_end, default=-1)
-    return written | _write_windows(family, config) | _write_rope(config)
+    return written | _write_windows(family, config) | _write_rope(family, config)
 
 
 def _write_experts(model_type: str, config: DecoderConfig) -> dict[str, Any]:
-    row = routers.FAMILIES[model_type]
-    written = {key: getattr(config, ours) for ours, key in row.keys.items()}
+    row = ROUTERS[model_type]
+    written = {key: getattr(config, ours) for ours, key in _keys(row.settings)}
     written |= {key: value for key, value in row.defaults.items() if key not in written}
     if "shared_expert_intermediate_size" in written:
         written["shared_expert_intermediate_size"] = config.shared_width
@@ -144,7 +159,12 @@ def _write_experts(model_type: str, config: DecoderConfig) -> dict[str, Any]:
             written[key] = max(fitting, key=lambda word: len(choices[word]))
     if "topk_method" in row.defaults and config.n_group > 1:
         written |= {"n_group": config.n_group, "topk_group": config.topk_group}
-    return {key: value for key, value in written.items() if value is not None}
+    names = WRITTEN_AS.get(model_type, {})
+    return {names.get(key, key): value for key, value in written.items() if value is not None}
+
+
+def _keys(settings: Settings) -> list[tuple[str, str]]:
+    return [(ours, str(value)) for ours, value in settings.items() if isinstance(value, Key)]
 
 
 def _holds(settings: Mapping[str, Any], config: DecoderConfig) -> bool:
@@ -164,10 +184,10 @@ def _write_windows(family: DecoderFamily, config: DecoderConfig) -> dict[str, An
     return written
 
 
-def _write_rope(config: DecoderConfig) -> dict[str, Any]:
+def _write_rope(family: DecoderFamily, config: DecoderConfig) -> dict[str, Any]:
     scaling = asdict(config.rope_scaling) if config.rope_scaling else {"rope_type": "default"}
     parameters = {key: list(v) if isinstance(v, tuple) else v for key, v in scaling.items() if v is not None}
     parameters["rope_theta"] = config.rope_theta
-    if config.partial_rotary_factor != 1:
+    if config.partial_rotary_factor != family.defaults.get("partial_rotary_factor", 1.0):
         parameters["partial_rotary_factor"] = config.partial_rotary_factor
     return {"rope_parameters": parameters}

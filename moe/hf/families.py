@@ -6,40 +6,38 @@ its code fixes. The experts and routers of the same families are rows of moe/hf/
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from moe.config import DecoderConfig, as_tuple, did_you_mean
-from moe.hf.routers import moe_settings
 from moe.rotary import RopeScaling
 
-Settings = Mapping[str, Any]
+from .router_table import Key, Settings, keys
+from .routers import moe_settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DecoderFamily:
     """One row.
 
     architecture  the class of transformers that computes it
-    keys          our setting -> the key of their config that holds it
+    settings      our setting -> the value that their code hard-wires, or the `Key` of their config
     defaults      their key -> what their config class assumes when the key is missing
-    fixed         our settings that their code hard-wires
-    slides        layer number, config -> whether the layer has the sliding window, when `layer_types` does not
-                  say it; None: the family has no sliding window
-    is_moe        whether it has routed experts
+    slides        (layer number, config) -> whether a layer has the sliding window, where `layer_types` does
+                  not say so; None: the family has no sliding window
+    is_moe        whether it has routed experts, a row of moe.hf.router_table
     """
 
     architecture: str
-    keys: Mapping[str, str]
+    settings: Settings
     defaults: Settings
-    fixed: Settings = field(default_factory=dict)
     slides: Callable[[int, Settings], bool] | None = None
     is_moe: bool = True
 
 
 # What rows share
 
-SAME = (
+BASE = keys(
     "vocab_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -50,22 +48,16 @@ SAME = (
     "hidden_size",
     "initializer_range",
 )
-BASE = {name: name for name in SAME}
-HEAD = {"head_dim": "head_dim"}
-DENSE = {"intermediate_size": "intermediate_size"}
-BIAS = {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias"}
-PATTERN = {"decoder_sparse_step": "decoder_sparse_step", "mlp_only_layers": "mlp_only_layers"}
-LATENT = {
-    name: name for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-}
-GRANITE = {
-    name: name
-    for name in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-}
+HEAD, DENSE = keys("head_dim"), keys("intermediate_size")
+BIAS = keys("attention_bias", attention_output_bias="attention_bias")
+PATTERN = keys("decoder_sparse_step", "mlp_only_layers")
+FIRST_DENSE = keys("first_k_dense_replace")
+LATENT = keys("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+GRANITE = keys("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 FULL_NORM = {"use_qk_norm": True, "qk_norm": "full"}
 HEAD_NORM = {"use_qk_norm": True, "qk_norm": "head"}
 
-DEFAULTS = {
+DEFAULTS: Settings = {
     "num_key_value_heads": None,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -78,17 +70,19 @@ DEFAULTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": (),
     "clip_qkv": None,
-    "use_sliding_window": True,  # the key of a family that has a switch; the others slide where they can
+    "use_sliding_window": True,  # the switch of Qwen; the others slide where they can
     "sliding_window": None,
 }
-LATENT_DEFAULTS = {
+LATENT_DEFAULTS: Settings = {
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-QWEN = {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096}
+QWEN: Settings = {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096}
+LONG = {"max_position_embeddings": 131072}
+EPS = {"rms_norm_eps": 1e-5}
 GPT_OSS_ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -108,129 +102,115 @@ def _every_other(layer: int, config: Settings) -> bool:
 
 
 DEEPSEEK_V3 = DecoderFamily(
-    architecture="DeepseekV3ForCausalLM",
-    keys=BASE
-    | DENSE
-    | BIAS
-    | LATENT
-    | {"first_k_dense_replace": "first_k_dense_replace", "rope_interleave": "rope_interleave"},
-    defaults=DEFAULTS
+    "DeepseekV3ForCausalLM",
+    BASE | DENSE | BIAS | LATENT | FIRST_DENSE | keys("rope_interleave"),
+    DEFAULTS
     | LATENT_DEFAULTS
     | {"max_position_embeddings": 4096, "first_k_dense_replace": 3, "rope_interleave": True}
     | {"intermediate_size": 18432, "num_key_value_heads": 128},
 )
 
 FAMILIES: dict[str, DecoderFamily] = {
+    # Dense
     "llama": DecoderFamily(
-        architecture="LlamaForCausalLM",
-        keys=BASE | HEAD | DENSE | BIAS | {"mlp_bias": "mlp_bias"},
-        defaults=DEFAULTS,
-        is_moe=False,
+        "LlamaForCausalLM", BASE | HEAD | DENSE | BIAS | keys("mlp_bias"), DEFAULTS, is_moe=False
     ),
     "mistral": DecoderFamily(
-        architecture="MistralForCausalLM",
-        keys=BASE | HEAD | DENSE,
-        defaults=DEFAULTS
-        | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        "MistralForCausalLM",
+        BASE | HEAD | DENSE,
+        DEFAULTS | LONG | {"num_key_value_heads": 8, "sliding_window": 4096},
         slides=_always,
         is_moe=False,
     ),
     "qwen3": DecoderFamily(
-        architecture="Qwen3ForCausalLM",
-        keys=BASE | HEAD | DENSE | BIAS,
-        defaults=DEFAULTS | QWEN | {"head_dim": 128, "num_key_value_heads": 32, "max_window_layers": 28},
-        fixed=HEAD_NORM,
+        "Qwen3ForCausalLM",
+        BASE | HEAD | DENSE | BIAS | HEAD_NORM,
+        DEFAULTS | QWEN | {"head_dim": 128, "num_key_value_heads": 32, "max_window_layers": 28},
         slides=lambda layer, config: layer >= config["max_window_layers"],
         is_moe=False,
     ),
+    # With experts
     "mixtral": DecoderFamily(
-        architecture="MixtralForCausalLM",
-        keys=BASE | HEAD,
-        defaults=DEFAULTS
-        | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
-        | {"rope_theta": 1e6},
+        "MixtralForCausalLM",
+        BASE | HEAD,
+        DEFAULTS | LONG | EPS | {"num_key_value_heads": 8, "rope_theta": 1e6},
         slides=_always,
     ),
     "olmoe": DecoderFamily(
-        architecture="OlmoeForCausalLM",
-        keys=BASE | BIAS | {"clip_qkv": "clip_qkv"},
-        defaults=DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        fixed=FULL_NORM,
+        "OlmoeForCausalLM",
+        BASE | BIAS | keys("clip_qkv") | FULL_NORM,
+        DEFAULTS | EPS | {"max_position_embeddings": 4096},
     ),
     "qwen2_moe": DecoderFamily(
-        architecture="Qwen2MoeForCausalLM",
-        keys=BASE | DENSE | PATTERN | {"attention_bias": "qkv_bias"},
-        defaults=DEFAULTS
+        "Qwen2MoeForCausalLM",
+        BASE | DENSE | PATTERN | keys(attention_bias="qkv_bias"),
+        DEFAULTS
         | QWEN
         | {"qkv_bias": True, "max_window_layers": 28, "num_key_value_heads": 16, "intermediate_size": 5632},
         slides=lambda layer, config: layer % 2 == 0 and layer < config["max_window_layers"],
     ),
     "qwen3_moe": DecoderFamily(
-        architecture="Qwen3MoeForCausalLM",
-        keys=BASE | HEAD | DENSE | PATTERN | BIAS,
-        defaults=DEFAULTS | QWEN | {"num_key_value_heads": 4, "intermediate_size": 6144},
-        fixed=HEAD_NORM,
+        "Qwen3MoeForCausalLM",
+        BASE | HEAD | DENSE | PATTERN | BIAS | HEAD_NORM,
+        DEFAULTS | QWEN | {"num_key_value_heads": 4, "intermediate_size": 6144},
         slides=_always,
     ),
     "granitemoe": DecoderFamily(
-        architecture="GraniteMoeForCausalLM",
-        keys=BASE | BIAS | GRANITE,
-        defaults=DEFAULTS | dict.fromkeys(GRANITE, 1.0),
+        "GraniteMoeForCausalLM", BASE | BIAS | GRANITE, DEFAULTS | dict.fromkeys(GRANITE, 1.0)
     ),
     "gpt_oss": DecoderFamily(
-        architecture="GptOssForCausalLM",
-        keys=BASE | HEAD | BIAS,
-        defaults=DEFAULTS
+        "GptOssForCausalLM",
+        BASE | HEAD | BIAS | {"attention_sinks": True},
+        DEFAULTS
+        | LONG
+        | EPS
         | {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128, "attention_bias": True}
-        | {"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "max_position_embeddings": 131072}
-        | {"rope_parameters": GPT_OSS_ROPE},
-        fixed={"attention_sinks": True},
+        | {"rope_theta": 150000.0, "rope_parameters": GPT_OSS_ROPE},
         slides=_every_other,
     ),
     "deepseek_v2": DecoderFamily(
-        architecture="DeepseekV2ForCausalLM",
-        keys=BASE | DENSE | BIAS | LATENT | {"first_k_dense_replace": "first_k_dense_replace"},
-        defaults=DEFAULTS | LATENT_DEFAULTS | {"first_k_dense_replace": 0, "intermediate_size": 11008},
-        fixed={"rope_interleave": True},
+        "DeepseekV2ForCausalLM",
+        BASE | DENSE | BIAS | LATENT | FIRST_DENSE | {"rope_interleave": True},
+        DEFAULTS | LATENT_DEFAULTS | {"first_k_dense_replace": 0, "intermediate_size": 11008},
     ),
     "deepseek_v3": DEEPSEEK_V3,
     "kimi_k2": DEEPSEEK_V3,
     "glm4_moe": DecoderFamily(
-        architecture="Glm4MoeForCausalLM",
-        keys=BASE
-        | HEAD
-        | DENSE
-        | {"attention_bias": "attention_bias", "use_qk_norm": "use_qk_norm"}
-        | {"first_k_dense_replace": "first_k_dense_replace"},
-        defaults=DEFAULTS
-        | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
-        | {"first_k_dense_replace": 1, "intermediate_size": 10944, "use_qk_norm": False}
-        | {"partial_rotary_factor": 0.5},
+        "Glm4MoeForCausalLM",
+        BASE | HEAD | DENSE | FIRST_DENSE | keys("attention_bias", "use_qk_norm"),
+        DEFAULTS
+        | LONG
+        | EPS
+        | {"num_key_value_heads": 8, "first_k_dense_replace": 1, "intermediate_size": 10944}
+        | {"use_qk_norm": False, "partial_rotary_factor": 0.5},
     ),
     "ernie4_5_moe": DecoderFamily(
-        architecture="Ernie4_5_MoeForCausalLM",
-        keys=BASE
+        "Ernie4_5_MoeForCausalLM",
+        BASE
         | HEAD
         | DENSE
-        | {"first_k_dense_replace": "moe_layer_start_index", "decoder_sparse_step": "moe_layer_interval"},
-        defaults=DEFAULTS
-        | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
-        | {"tie_word_embeddings": True, "rope_theta": 500000.0, "intermediate_size": 12288}
+        | keys(first_k_dense_replace="moe_layer_start_index", decoder_sparse_step="moe_layer_interval")
+        | {"rope_interleave": True},
+        DEFAULTS
+        | LONG
+        | EPS
+        | {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 500000.0}
+        | {"intermediate_size": 12288}
         | {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
-        fixed={"rope_interleave": True},
     ),
     "minimax_m2": DecoderFamily(
-        architecture="MiniMaxM2ForCausalLM",
-        keys=BASE | HEAD,
-        defaults=DEFAULTS
-        | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608}
-        | {"rope_theta": 5e6},
-        fixed=FULL_NORM,
+        "MiniMaxM2ForCausalLM",
+        BASE | HEAD | FULL_NORM,
+        DEFAULTS
+        | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608, "rope_theta": 5e6},
     ),
 }
 
 
-def decoder_config(config: Settings) -> DecoderConfig:
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "q_lora_rank", "clip_qkv", "mlp_only_layers")
+
+
+def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Our config for the decoder that a Hugging Face config.json describes.
 
     Raises:
@@ -238,19 +218,18 @@ def decoder_config(config: Settings) -> DecoderConfig:
             run), a missing key, or a setting that needs mathematics we do not have.
     """
     family = find_family(config)
-    values = family.defaults | config
-    settings = dict(family.fixed)
-    for ours, key in family.keys.items():
-        if key not in values:
-            raise ValueError(f"config.json of a {config['model_type']} needs the key {key!r}.")
-        settings[ours] = as_tuple(values[key])
+    values = {**family.defaults, **config}
+    settings = {
+        ours: _look_up(values, value) if isinstance(value, Key) else value
+        for ours, value in family.settings.items()
+    }
     settings |= moe_settings(config) if family.is_moe else _dense_settings(config)
     settings["mlp_only_layers"] = settings.get("mlp_only_layers") or ()
     settings |= _after_the_last(values) | _windows(family, values) | _rope(values)
     return DecoderConfig(**settings)
 
 
-def find_family(config: Settings) -> DecoderFamily:
+def find_family(config: Mapping[str, Any]) -> DecoderFamily:
     """The row of a config.
 
     Raises:
@@ -261,15 +240,23 @@ def find_family(config: Settings) -> DecoderFamily:
         return FAMILIES[model_type]
     if config.get("auto_map"):
         raise ValueError(
-            f"model_type={model_type!r} comes with code of its own (auto_map), which is never run: a checkpoint "
-            f"is data. Known: {', '.join(FAMILIES)}."
+            f"model_type={model_type!r} comes with code of its own (auto_map), which is never run: a "
+            f"checkpoint is data. Known: {', '.join(FAMILIES)}."
         )
     raise ValueError(
         f"model_type={model_type!r} is no decoder known here.{did_you_mean(str(model_type), list(FAMILIES))}"
     )
 
 
-def _dense_settings(config: Settings) -> dict[str, Any]:
+def _look_up(values: Settings, key: str) -> Any:
+    if key not in values:
+        raise ValueError(f"config.json of a {values['model_type']} needs the key {key!r}.")
+    if values[key] is None and key not in MAY_BE_NULL:
+        raise ValueError(f"{key} is null; a {values['model_type']} needs a value.")
+    return as_tuple(values[key])
+
+
+def _dense_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r}: dense layers here are SwiGLU, which is 'silu'.")
     return {}

@@ -1,4 +1,4 @@
-"""MXFP4: 4-bit floats that share a scale with 31 neighbours (OCP Microscaling Formats 1.0), as gpt-oss stores experts."""
+"""MXFP4, in which gpt-oss stores its experts: 4-bit floats, a scale for every 32 (OCP Microscaling 1.0)."""
 
 import torch
 from einops import rearrange
@@ -9,7 +9,7 @@ EXPONENT_BIAS = 127
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """blocks (... groups 16) uint8, two numbers a byte, the low half first; scales (... groups) uint8 -> (... n).
+    """blocks (... groups 16) uint8, two numbers a byte, low half first; scales (... groups) uint8 -> (... n).
 
     Exact in bfloat16 and wider while 2^scale is in range.
 

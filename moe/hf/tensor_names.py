@@ -1,8 +1,8 @@
 """Where each tensor of a Hugging Face checkpoint stands in our decoder, and how a family calls ours.
 
 Reading goes by the names alone, whatever the family: experts one by one (two conventions), stacked, or fused.
-Writing goes by the family: its hub layout, which is what transformers writes, or its packed one, which is what
-transformers holds in memory.
+Writing goes by the family: its hub layout, which is what transformers writes, or its packed one, which is
+what transformers holds in memory.
 """
 
 import re
@@ -90,8 +90,9 @@ class Names:
 
 
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
-MIXTRAL = Names(block="block_sparse_moe", experts=("w1", "w3", "w2"), selection_bias="e_score_correction_bias")
-ERNIE_BIAS = "moe_statics.e_score_correction_bias"
+BIAS = "e_score_correction_bias"
+ERNIE_BIAS = f"moe_statics.{BIAS}"
+MIXTRAL = Names(block="block_sparse_moe", experts=("w1", "w3", "w2"), selection_bias=BIAS)
 HUB: dict[str, Names] = {
     "mixtral": MIXTRAL,
     "minimax_m2": MIXTRAL,
@@ -105,11 +106,11 @@ HUB: dict[str, Names] = {
     "ernie4_5_moe": Names(selection_bias=ERNIE_BIAS, selection_bias_axes=2),
 }
 PACKED: dict[str, Names] = {
-    "minimax_m2": Names(experts=FUSED, selection_bias="e_score_correction_bias"),
+    "minimax_m2": Names(experts=FUSED, selection_bias=BIAS),
     "qwen2_moe": Names(experts=FUSED, shared="shared_expert"),
     "granitemoe": Names(block="block_sparse_moe", router="router", experts=FUSED),
     "gpt_oss": Names(router="router", experts=FUSED),
-    "ernie4_5_moe": Names(experts=FUSED, selection_bias="gate." + ERNIE_BIAS, selection_bias_axes=2),
+    "ernie4_5_moe": Names(experts=FUSED, selection_bias=f"gate.{ERNIE_BIAS}", selection_bias_axes=2),
 }
 
 
