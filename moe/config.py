@@ -290,7 +290,7 @@ class DecoderConfig(MoEConfig):
                 f"head_dim={self.head_size} with partial_rotary_factor={self.partial_rotary_factor} lets "
                 f"{self.rotary_size} channels turn: it must be positive and even, since pairs turn."
             )
-        if self.num_attention_heads % self.kv_heads:
+        if self.kv_lora_rank is None and self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.kv_heads}: each key head serves a whole group of query heads."

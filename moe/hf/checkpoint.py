@@ -327,6 +327,8 @@ def _origin(
 def _stored_form(key: str, state: Mapping[str, Tensor], origin: Origin) -> Tensor:
     place = origin.places[key]
     tensor = place.view(state[place.name])
+    if key == HEAD and place.name == EMBEDDING:
+        tensor = tensor.clone()  # a file holds no tensor twice
     tensor = tensor.to(origin.dtypes.get(key, tensor.dtype))
     return tensor.reshape(origin.shapes.get(key, tensor.shape))
 

@@ -51,7 +51,7 @@ def describe_as(config: DecoderConfig) -> dict[str, Any]:
     Raises:
         ValueError: none fits; what keeps the nearest ones from it.
     """
-    ours, reasons = essence(config), dict[str, list[str]]()
+    ours, reasons, refused = essence(config), dict[str, list[str]](), dict[str, list[str]]()
     for model_type, family in FAMILIES.items():
         if model_type in ALIASES or family.is_moe != (config.num_experts > 0):
             continue
@@ -59,7 +59,7 @@ def describe_as(config: DecoderConfig) -> dict[str, Any]:
         try:
             theirs = essence(decoder_config(written))
         except ValueError as error:
-            reasons[model_type] = [str(error)]
+            refused[model_type] = [str(error)]
             continue
         reasons[model_type] = [
             f"{key} would be {theirs.get(key)!r} instead of {ours.get(key)!r}"
@@ -68,8 +68,8 @@ def describe_as(config: DecoderConfig) -> dict[str, Any]:
         ]
         if not reasons[model_type]:
             return written
-    nearest = sorted(reasons, key=lambda name: len(reasons[name]))[:3]
-    listing = "\n  ".join(f"{name}: {'; '.join(reasons[name])}" for name in nearest)
+    nearest = [*sorted(reasons, key=lambda name: len(reasons[name])), *refused][:3]
+    listing = "\n  ".join(f"{name}: {'; '.join((reasons | refused)[name])}" for name in nearest)
     raise ValueError(
         f"no architecture of transformers that is known here computes what this decoder does. Nearest:\n"
         f"  {listing}"
