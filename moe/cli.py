@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe.train.loop import TrainResult
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+LOGITS_AGREE = 1e-4  # float32, of logits of any size that a model gives
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse a command line; overrides may stand before, between and after the options."""
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and (parsed.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (parsed.command not in ("train", "convert") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
@@ -195,6 +196,67 @@ def run_eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `convert`."""
+    parser.add_argument("source", type=Path, help="a run, a model folder, or a Hugging Face folder")
+    parser.add_argument("target", type=Path, help="a new folder, or a file for --to gguf")
+    parser.add_argument(
+        "--to",
+        choices=("hub", "packed", "model", "run", "gguf"),
+        help="default: run for a Hugging Face folder, else hub; hub, packed: Hugging Face's two layouts",
+    )
+    parser.add_argument("--checkpoint", metavar="step_00000400", help="of a run; default: the newest")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    parser.add_argument("--verify", action="store_true", help="compare logits with transformers' own")
+    parser.add_argument("--ids", help="token ids for --verify, such as 5,17,3; default: random ones")
+    parser.add_argument("overrides", nargs="*", metavar="part.key=value", help="of the training, --to run")
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Convert a model; with --verify, compare what transformers computes."""
+    import torch
+
+    from moe.hf.convert import convert, default_target, open_source
+
+    source = open_source(arguments.source, checkpoint=arguments.checkpoint)
+    kind = arguments.to or default_target(source)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    done = convert(source, arguments.target, kind, dtype=dtype, overrides=arguments.overrides)
+    show(f"{arguments.source} ({source.kind}) -> {done.target} ({done.kind}): {done.architecture}")
+    show(f"{done.tensors} tensors, all mapped")
+    for note in done.notes:
+        show(note)
+    if kind == "run":
+        show(f"train it with: sparse-moe train --out {done.target} --resume")
+    return show_comparison(arguments, source.kind, kind) if arguments.verify else 0
+
+
+def show_comparison(arguments: argparse.Namespace, source: str, target: str) -> int:
+    """Compare the two ends of a conversion by their logits; 1 when they differ."""
+    import torch
+
+    from moe.hf.convert import compare, open_source, random_ids
+
+    theirs, ours = arguments.source, arguments.target
+    if target in ("hub", "packed"):
+        theirs, ours = ours, theirs
+    elif source != "hugging face" or target == "gguf":
+        raise ValueError(
+            f"--verify compares with transformers, which reads neither end of {source} -> {target}."
+        )
+    decoder = open_source(ours, checkpoint=arguments.checkpoint if ours is arguments.source else None).decoder
+    ids = random_ids(decoder)
+    if arguments.ids:
+        ids = torch.tensor([[int(word) for word in arguments.ids.split(",")]])
+    largest = compare(decoder, theirs, ids)
+    agree = largest <= LOGITS_AGREE
+    show(
+        f"verified on {ids.numel()} ids: largest difference of logits {largest:.1e}, "
+        f"{'within' if agree else 'MORE THAN'} {LOGITS_AGREE:.0e}"
+    )
+    return 0 if agree else 1
+
+
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench`."""
     parser.add_argument("name", nargs="?", help="which benchmark; without a name: list them")
@@ -256,6 +318,7 @@ COMMANDS = {
     "train": Command("train a model and leave a run folder", add_train, run_train),
     "sample": Command("text from a checkpoint", add_sample, run_sample),
     "eval": Command("validation loss and bits per byte", add_eval, run_eval),
+    "convert": Command("from and to Hugging Face folders, GGUF", add_convert, run_convert),
     "bench": Command("run a benchmark of the source tree", add_bench, run_bench),
     "doctor": Command("what is installed and which backend is used", add_doctor, run_doctor),
 }
