@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from moe.version import __version__
 
 if TYPE_CHECKING:
+    from moe.hf.convert import Source
     from moe.train.loop import TrainResult
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -228,33 +229,30 @@ def run_convert(arguments: argparse.Namespace) -> int:
         show(note)
     if kind == "run":
         show(f"train it with: sparse-moe train --out {done.target} --resume")
-    return show_comparison(arguments, source.kind, kind) if arguments.verify else 0
+    return show_comparison(arguments, source, kind) if arguments.verify else 0
 
 
-def show_comparison(arguments: argparse.Namespace, source: str, target: str) -> int:
+def show_comparison(arguments: argparse.Namespace, source: "Source", target: str) -> int:
     """Compare the two ends of a conversion by their logits; 1 when they differ."""
     import torch
 
     from moe.hf.convert import compare, open_source, random_ids
 
-    theirs, ours = arguments.source, arguments.target
     if target in ("hub", "packed"):
-        theirs, ours = ours, theirs
-    elif source != "hugging face" or target == "gguf":
-        raise ValueError(
-            f"--verify compares with transformers, which reads neither end of {source} -> {target}."
-        )
-    decoder = open_source(ours, checkpoint=arguments.checkpoint if ours is arguments.source else None).decoder
-    ids = random_ids(decoder)
-    if arguments.ids:
-        ids = torch.tensor([[int(word) for word in arguments.ids.split(",")]])
-    largest = compare(decoder, theirs, ids)
-    agree = largest <= LOGITS_AGREE
+        decoder, folder = source.decoder, arguments.target
+    elif source.kind == "hugging face" and target in ("model", "run"):
+        decoder, folder = open_source(arguments.target).decoder, arguments.source
+    else:
+        raise ValueError(f"--verify: transformers reads neither end of {source.kind} -> {target}.")
+    given = [[int(word) for word in arguments.ids.split(",")]] if arguments.ids else None
+    ids = torch.tensor(given) if given else random_ids(decoder)
+    largest = compare(decoder, folder, ids, dtype=getattr(torch, arguments.dtype or "float32"))
+    verdict = "within" if largest <= LOGITS_AGREE else "MORE THAN"
     show(
-        f"verified on {ids.numel()} ids: largest difference of logits {largest:.1e}, "
-        f"{'within' if agree else 'MORE THAN'} {LOGITS_AGREE:.0e}"
+        f"verified against transformers on {ids.numel()} ids: "
+        f"largest difference of logits {largest:.1e}, {verdict} {LOGITS_AGREE:.0e}"
     )
-    return 0 if agree else 1
+    return 0 if largest <= LOGITS_AGREE else 1
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

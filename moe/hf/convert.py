@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
@@ -114,10 +115,11 @@ def convert(
     return Conversion(target, kind, described.config["model_type"], len(described.places))
 
 
-def compare(decoder: Decoder, folder: Path, ids: Tensor) -> float:
+def compare(decoder: Decoder, folder: Path, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> float:
     """Largest difference of logits between a decoder and transformers' model of a Hugging Face folder.
 
-    ids (b s). Both in float32, by transformers' eager attention and experts.
+    ids (b s). Theirs is loaded in `dtype`, then both compute in float32, theirs with eager attention and
+    experts.
 
     Raises:
         ImportError: transformers is not installed.
@@ -128,11 +130,13 @@ def compare(decoder: Decoder, folder: Path, ids: Tensor) -> float:
         raise ImportError(
             "to compare with transformers needs it: pip install '.[hf]' in a clone of the repository."
         ) from None
-    theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    with catch_warnings():
+        filterwarnings("ignore", "Initializing zero-element tensors")  # shared experts of width 0
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        )
     with torch.no_grad():
-        return (theirs(ids).logits - decoder.float()(ids).logits).abs().max().item()
+        return (theirs.float().eval()(ids).logits - decoder.float()(ids).logits).abs().max().item()
 
 
 def random_ids(decoder: Decoder, length: int = 64) -> Tensor:
