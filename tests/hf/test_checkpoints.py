@@ -184,7 +184,7 @@ def test_missing_keys_mean_what_the_config_class_says(family):
 ROPE = {
     "linear": {"factor": 3.0},
     "dynamic": {"factor": 4.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0},
     "yarn, a ramp that is not cut": {
         "rope_type": "yarn",
         "factor": 8.0,
