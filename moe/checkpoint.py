@@ -21,7 +21,7 @@ from torch import Tensor
 from moe.atomic import atomic_folder, readable_folder, write_atomically
 from moe.config import DecoderConfig
 from moe.json_files import read_json, write_json
-from moe.tensor_files import StoredTensor, list_tensors, read_tensors
+from moe.tensor_files import StoredTensor, list_tensors, map_tensors
 
 __all__ = [
     "atomic_folder",
@@ -82,7 +82,7 @@ def load_tensors(folder: str | Path, *, name: str = "model") -> dict[str, Tensor
     Raises:
         FileNotFoundError, ValueError: as `moe.tensor_files.list_tensors`; or no folder.
     """
-    return dict(read_tensors(list_tensors(readable_folder(folder), name=name)))
+    return map_tensors(list_tensors(readable_folder(folder), name=name))
 
 
 def check_tensors(

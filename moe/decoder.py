@@ -41,7 +41,7 @@ from moe.ops.choose import Backend
 from moe.plan import RoutingPlan
 from moe.rotary import Rotation
 from moe.routing import Routing
-from moe.tensor_files import list_tensors, read_tensors
+from moe.tensor_files import TensorReader, list_tensors
 
 if TYPE_CHECKING:
     from moe.hf.checkpoint import Origin
@@ -374,7 +374,8 @@ class Decoder(nn.Module):
             decoder = cls(load_config(folder), backend=backend)
         stored = list_tensors(readable_folder(folder))
         check_tensors(stored, decoder.state_dict(), folder)
-        tensors = {name: tensor.to(device or "cpu", copy=True) for name, tensor in read_tensors(stored)}
+        with TensorReader() as reader:
+            tensors = {name: reader.load(tensor).to(device or "cpu") for name, tensor in stored.items()}
         decoder.load_state_dict(tensors, assign=True)
         return decoder.to(dtype).eval() if dtype else decoder.eval()
 

@@ -1,23 +1,25 @@
 """The safetensors of a folder: what they hold, and their tensors one after the other.
 
-`NAME.safetensors`, or the shards that `NAME.safetensors.index.json` lists. Files are mapped into memory and
-let go of again every so many bytes, so reading a model needs little more memory than the model. Only files
-inside the folder are read.
+`NAME.safetensors`, or the shards that `NAME.safetensors.index.json` lists. Tensors are read into the memory
+of the model itself, so reading needs no memory besides. Only files inside the folder are read.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moe.json_files import read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-MAPPED_BYTES = 64 << 20  # so much of a file is mapped at a time, or one tensor that is larger
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,16 +33,73 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a file; `kind` is the name of its dtype in safetensors."""
+    """One tensor of a file, or a part of one: `kind` is its dtype in safetensors, `offset` its first byte."""
 
     file: Path
     shape: tuple[int, ...]
     kind: str
+    offset: int
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype it is read as; None for one that no model here has, such as 8-bit floats."""
         return DTYPES.get(self.kind)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self._itemsize
+
+    def __getitem__(self, index: int) -> "StoredTensor":
+        """One entry of the first axis."""
+        inner = replace(self, shape=self.shape[1:])
+        return replace(inner, offset=self.offset + index * inner.nbytes)
+
+    @property
+    def _itemsize(self) -> int:
+        if self.dtype is None:
+            raise ValueError(f"tensors of {self.file} are {self.kind}, which is not read here.")
+        return self.dtype.itemsize
+
+
+class TensorReader:
+    """Reads stored tensors straight into the memory where they stay, one file open at a time.
+
+    Plain reads: to touch a page of a mapped file for the first time can cost more than to read it.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: BufferedReader | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def load(self, stored: StoredTensor) -> Tensor:
+        """A new tensor on the CPU."""
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self.fill(tensor, stored)
+        return tensor
+
+    def fill(self, target: Tensor, stored: StoredTensor) -> None:
+        """Read into a tensor with as many numbers, of any device, dtype and strides."""
+        if target.device.type != "cpu" or target.dtype != stored.dtype or not target.is_contiguous():
+            target.copy_(self.load(stored).view(target.shape))
+        elif target.numel():
+            memory = target.detach().reshape(-1).view(torch.uint8).numpy()
+            if self._at(stored).readinto(memory.data) != memory.nbytes:
+                raise ValueError(f"{stored.file} became shorter while it was read. Copy or save it again.")
+
+    def _at(self, stored: StoredTensor) -> BufferedReader:
+        if self._file is None or self._path != stored.file:
+            self.__exit__()
+            self._path, self._file = stored.file, stored.file.open("rb")
+        self._file.seek(stored.offset)
+        return self._file
 
 
 def list_tensors(folder: Path, *, name: str = "model") -> dict[str, StoredTensor]:
@@ -72,18 +131,11 @@ def list_tensors(folder: Path, *, name: str = "model") -> dict[str, StoredTensor
     return found
 
 
-def read_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in turn, as a view of its file on the CPU: copy what you keep before you take the next."""
-    for file in dict.fromkeys(stored.file for stored in tensors.values()):
-        keys = deque(key for key, stored in tensors.items() if stored.file == file)
-        while keys:
-            taken = 0
-            with _open(file) as handle:
-                while keys and taken < MAPPED_BYTES:
-                    view = handle.get_tensor(keys[0])
-                    taken += view.nbytes
-                    yield keys.popleft(), view
-                    del view
+def map_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Tensors as views of their files, on the CPU: bytes are read when they are touched."""
+    files = {stored.file for stored in tensors.values()}
+    mapped = {file: load_file(file) for file in files}
+    return {key: mapped[stored.file][key] for key, stored in tensors.items()}
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -117,21 +169,22 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _list_file(path: Path) -> dict[str, StoredTensor]:
-    with _open(path) as handle:
-        keys = handle.offset_keys() if hasattr(handle, "offset_keys") else handle.keys()
-        slices = {key: handle.get_slice(key) for key in keys}
-        return {
-            key: StoredTensor(path, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()
-        }
-
-
-def _open(path: Path):
+    """By the file's header: the length of its JSON in 8 bytes, the JSON, then the tensors."""
     try:
-        return safe_open(path, framework="pt")
+        safe_open(path, framework="pt")  # the library looks whether lengths and offsets are sound
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}). Copy or save it again."
         ) from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {
+        key: StoredTensor(path, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        for key, entry in header.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1].offset))
 
 
 def _no_weights(folder: Path, single: str, index: str) -> str:

@@ -18,7 +18,7 @@ from moe.config import DecoderConfig
 from moe.decoder import Decoder
 from moe.json_files import read_json, write_json
 from moe.ops.choose import Backend
-from moe.tensor_files import StoredTensor, list_tensors, read_tensors
+from moe.tensor_files import StoredTensor, TensorReader, list_tensors
 
 from .export import describe_as
 from .families import decoder_config
@@ -192,10 +192,17 @@ def _check_places(
             if kinds.setdefault(place.name, tensor.kind) != tensor.kind:
                 problems.append(f"two dtypes: {key} is {tensor.kind}, others of it are {kinds[place.name]}")
     problems += [f"missing: {place}" for place in _missing(taken, state)]
+    problems += [f"missing: {key}" for key in _other_halves(stored) if key not in stored]
     if problems:
         listing = "\n  ".join(problems[:50])
         more = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
         raise ValueError(f"the tensors in {folder} do not fit its {CONFIG_NAME}:\n  {listing}{more}")
+
+
+def _other_halves(stored: Iterable[str]) -> list[str]:
+    """Of 4-bit tensors: the scales of the blocks that are there, and the blocks of the scales."""
+    scales = [key.removesuffix(BLOCKS) + SCALES for key in stored if key.endswith(BLOCKS)]
+    return scales + [key.removesuffix(SCALES) + BLOCKS for key in stored if key.endswith(SCALES)]
 
 
 def _exists(place: Place, tensor: Tensor, config: DecoderConfig) -> bool:
@@ -207,7 +214,11 @@ def _exists(place: Place, tensor: Tensor, config: DecoderConfig) -> bool:
 
 def _wrong_form(key: str, tensor: StoredTensor, view: Tensor) -> list[str]:
     if key.endswith((BLOCKS, SCALES)):
-        return [] if tensor.dtype == torch.uint8 else [f"not MXFP4: {key} is {tensor.kind}, not U8"]
+        e, inputs, outputs = view.shape
+        shape = (e, outputs, inputs // 32, 16)[: 4 if key.endswith(BLOCKS) else 3]
+        fits = tensor.dtype == torch.uint8 and tensor.shape == shape and inputs % 32 == 0
+        what = f"{tensor.kind} {_shape(tensor.shape)}, not U8 {_shape(shape)}"
+        return [] if fits else [f"not MXFP4: {key} is {what}"]
     if tensor.dtype not in FLOATS:
         return [f"not decoded: {key} is {tensor.kind}; weights must be F64, F32, F16 or BF16"]
     if tensor.shape not in (tuple(view.shape), (1, *view.shape)):
@@ -270,39 +281,35 @@ def _read(
     """Our tensors, filled one stored tensor at a time."""
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
     tensors: dict[str, Tensor] = {}
-    blocks: dict[Place, Tensor] = {}
-    for key, view in read_tensors(stored):
-        place = places[key]
-        is_packed = key.endswith((BLOCKS, SCALES))
-        if place.name not in tensors:
-            dtype = torch.bfloat16 if is_packed else view.dtype
-            tensors[place.name] = torch.empty(shapes[place.name], dtype=dtype, device=device)
-        target = place.view(tensors[place.name])
-        if key == HEAD and place.name == EMBEDDING:
-            _check_tied(view, stored[EMBEDDING], folder)
-        elif is_packed and place not in blocks:
-            blocks[place] = view  # of blocks and scales whichever comes first
-        elif is_packed:
-            pair = (blocks.pop(place), view) if key.endswith(SCALES) else (view, blocks.pop(place))
-            _decode(*pair, target)
-        else:
-            target.copy_(view.view(target.shape))
+    with TensorReader() as reader:
+        for key, tensor in stored.items():
+            place = places[key]
+            if place.name not in tensors:
+                dtype = torch.bfloat16 if key.endswith((BLOCKS, SCALES)) else tensor.dtype
+                tensors[place.name] = torch.empty(shapes[place.name], dtype=dtype, device=device)
+            target = place.view(tensors[place.name])
+            if key.endswith(BLOCKS):
+                _decode(reader, tensor, stored[key.removesuffix(BLOCKS) + SCALES], target)
+            elif key == HEAD and place.name == EMBEDDING:
+                _check_tied(reader, tensor, stored[EMBEDDING], folder)
+            elif not key.endswith(SCALES):
+                reader.fill(target, tensor)
     return tensors
 
 
-def _check_tied(head: Tensor, embedding: StoredTensor, folder: Path) -> None:
-    ((_, other),) = read_tensors({EMBEDDING: embedding})
-    if not torch.equal(head, other):
+def _check_tied(reader: TensorReader, head: StoredTensor, embedding: StoredTensor, folder: Path) -> None:
+    if not torch.equal(reader.load(head), reader.load(embedding)):
         raise ValueError(
             f"{folder / CONFIG_NAME} says tie_word_embeddings=true, but {HEAD} and {EMBEDDING} differ. "
             f"Set it to false, or remove {HEAD}."
         )
 
 
-def _decode(blocks: Tensor, scales: Tensor, target: Tensor) -> None:
+def _decode(reader: TensorReader, blocks: StoredTensor, scales: StoredTensor, target: Tensor) -> None:
     """Expert by expert, from (outputs, inputs) into (inputs, outputs)."""
-    for expert, decoded in enumerate(target):
-        decoded.copy_(decode_mxfp4(blocks[expert], scales[expert], target.dtype).T)
+    for expert, into in enumerate(target):
+        decoded = decode_mxfp4(reader.load(blocks[expert]), reader.load(scales[expert]), target.dtype)
+        into.copy_(decoded.T)
 
 
 def _origin(

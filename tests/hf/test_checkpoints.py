@@ -357,6 +357,20 @@ def test_experts_in_4_bits_are_decoded_as_transformers_does(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "written" / "config.json").read_text())
 
 
+def test_4_bits_need_their_scales_and_the_shapes_that_go_with_them(tmp_path):
+    tiny_model("gpt_oss", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "plain")
+    mxfp4_folder(tmp_path / "plain", tmp_path / "packed")
+    weights = weights_of(tmp_path / "packed")
+    first, second = (f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1))
+    del weights[f"{first}_scales"], weights[f"{second}_blocks"]
+    weights["model.layers.2.mlp.experts.down_proj_scales"] = torch.zeros(6, 64, 4, dtype=torch.uint8)
+    save_file(weights, tmp_path / "packed" / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        Decoder.from_pretrained(tmp_path / "packed")
+    for line in (f"missing: {first}_scales", f"missing: {second}_blocks", "is U8 (6 64 4), not U8 (6 64 3)"):
+        assert line in str(error.value)
+
+
 def test_kimi_k2_is_read_as_deepseek_v3(folders, tmp_path):
     shutil.copytree(folders("deepseek_v3"), tmp_path / "kimi")
     config = json.loads((tmp_path / "kimi" / "config.json").read_text())
