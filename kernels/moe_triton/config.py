@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,17 +71,24 @@ class Config:
         return self if self.splits == 1 else replace(self, splits=1)
 
 
-_overrides: ContextVar[dict[Pass, Config] | None] = ContextVar("overrides", default=None)
+_overrides: dict[Pass, Config] = {}
 
 
 @contextmanager
 def override(what: Pass, config: Config) -> Iterator[None]:
-    """Take this schedule for one pass, whatever the shapes: for tuning and for tests."""
-    token = _overrides.set({**(_overrides.get() or {}), what: config})
+    """Take this schedule for one pass, whatever the shapes: for tuning and for tests.
+
+    In all threads: autograd runs the backward pass of a GPU in a thread of its own.
+    """
+    before = _overrides.get(what)
+    _overrides[what] = config
     try:
         yield
     finally:
-        _overrides.reset(token)
+        if before is None:
+            del _overrides[what]
+        else:
+            _overrides[what] = before
 
 
 def choose_config(
@@ -100,9 +106,8 @@ def choose_config(
 
     batch_invariant: the same schedule for every number of pairs.
     """
-    overrides = _overrides.get()
-    if overrides and what in overrides:
-        return overrides[what]
+    if what in _overrides:
+        return _overrides[what]
     rows = MOST_ROWS if batch_invariant else max(1, pairs // max(1, num_experts))
     is_aligned = d * dtype.itemsize % 16 == 0 and h * dtype.itemsize % 16 == 0
     size: Size = "small" if d * h < LARGE else "large"

@@ -80,7 +80,7 @@ def sum_chunks_kernel(counts_ptr, starts_ptr, CHUNKS, E, ROWS: tl.constexpr, EXP
     tl.store(starts_ptr + tl.cast(CHUNKS, tl.int64) * (E + 1) + experts, earlier, mask=experts <= E)
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["totals_ptr", "E"])
 def sum_experts_kernel(totals_ptr, offsets_ptr, E, BLOCK: tl.constexpr):
     """offsets (e+1): pairs of all earlier experts, from the totals (e+1)."""
     earlier = tl.zeros((), tl.int64)

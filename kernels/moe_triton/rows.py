@@ -35,7 +35,7 @@ def gather_kernel(
     tl.store(to, values.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def sum_kernel(
     rows_ptr, weights_ptr, row_of_pair_ptr, kept_ptr, out_ptr, D, P,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, SCALE: tl.constexpr, ALL: tl.constexpr, COLUMNS: tl.constexpr,
@@ -84,7 +84,7 @@ def combine_grads_kernel(
     tl.store(grad_weights_ptr + pair, tl.sum(dots).to(grad_weights_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def weight_grads_kernel(
     parts_ptr, pair_of_row_ptr, offsets_ptr, grad_ptr, bias_ptr, out_ptr, P, E, D, grad_stride,
     bias_stride_e, bias_stride_d, TOP_K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -144,7 +144,7 @@ def expert_sums_kernel(
     tl.store(to, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def zero_rest_kernel(rows_ptr, kept_ptr, P, N, COLUMNS: tl.constexpr):
     """Rows from the last kept one on become 0; a program takes every so many of them."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

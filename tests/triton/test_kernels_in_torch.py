@@ -21,6 +21,7 @@ from helpers import (
     tiny_config,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -91,6 +92,7 @@ def registered() -> set[str]:
     return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_triton::")}
 
 
+@torch_may_warn
 @pytest.mark.parametrize("name", sorted(registered()))
 def test_custom_operators_keep_their_promises_to_torch(name):
     """Schema, autograd registration, fake kernels and dynamic shapes of every operator that we register."""
@@ -109,6 +111,17 @@ def test_the_gradient_of_a_gradient_is_refused():
     with pytest.raises(RuntimeError):
         (grad,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
         grad.sum().backward()
+
+
+@torch_may_warn
+def test_forward_mode_derivatives_are_refused():
+    """No operator of torch.library has them: they would silently be zero."""
+    problem = some_dropped().on(DEVICE)
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(problem.x, torch.ones_like(problem.x))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            by_ops(moe_triton)(problem, **(problem.leaves | {"x": x}))
+        assert by_ops(moe_triton)(problem, **problem.leaves).isfinite().all()
 
 
 # Compilation

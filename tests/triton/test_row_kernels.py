@@ -186,3 +186,15 @@ def test_activations_follow_their_formulas_in_value_and_gradient(
 def test_an_activation_takes_any_strides():
     pre = torch.randn(12, 10, device=DEVICE).mT
     close(activate(pre, "swiglu"), reference.activate(pre.double(), "swiglu"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_of_nan_is_nan_as_in_the_reference(activation):
+    """A clamp that swallows NaN would hide a run that has gone wrong."""
+    nan = float("nan")
+    values = torch.tensor([[1.0, nan, 2.0, 3.0], [nan, 1.0, 0.5, nan]])
+    pre, wide = values.to(DEVICE).requires_grad_(), values.to(DEVICE).double().requires_grad_()
+    ours, truth = activate(pre, activation), reference.activate(wide, activation)
+    torch.testing.assert_close(ours.double(), truth, equal_nan=True, rtol=1e-5, atol=1e-5)
+    of_ours, of_truth = (torch.autograd.grad(y.sum(), leaf)[0] for y, leaf in ((ours, pre), (truth, wide)))
+    torch.testing.assert_close(of_ours.double(), of_truth, equal_nan=True, rtol=1e-5, atol=1e-5)
