@@ -108,6 +108,7 @@ def variations() -> Calls:
         "many experts": lambda: layer(Shape(d=256, h=128, e=512, k=2), 64),
         "persistent": lambda: persistent(small, tokens),
         "level 1": lambda: level_one(small, tokens),
+        "every expert chosen": lambda: layer(Shape(d=256, h=128, e=256, k=256), 8),
     }
     for name in ACTIVATIONS[1:]:  # the first is everywhere else
         found[name] = lambda name=name: layer(small, tokens, Settings(name))
