@@ -175,9 +175,9 @@ def level_one(shape: Shape, tokens: int) -> None:
     by_row, wide = meta(pairs, d), meta(pairs, h)
     with mock.patch.object(grouped, "is_plain", lambda *_: True):  # meta tensors go no further otherwise
         grouped.grouped_linear(by_row, matrix, offsets, meta(e, h))
-    grouped.grouped_linear_grad_rows(wide, matrix, offsets)
-    grouped.grouped_linear_grad_weight(wide, by_row, offsets)
-    grouped.grouped_linear_grad_weight(wide, by_row, offsets, out=meta(e, h, d, dtype=torch.float32))
+        grouped.grouped_linear_grad_rows(wide, matrix, offsets)
+        grouped.grouped_linear_grad_weight(wide, by_row, offsets)
+        grouped.grouped_linear_grad_weight(wide, by_row, offsets, out=meta(e, h, d, dtype=torch.float32))
     rows.expert_sums(wide, offsets, None, 1, None, dtype=wide.dtype)
     rows.gather_rows(x, row, shape.k)
     rows.sum_rows(by_row, row, None, shape.k, None)
