@@ -25,8 +25,8 @@ from benchmarks.launch_cases import SMALL, calls, collect, covers, layer, layers
 from benchmarks.launches import TARGETS, describe, recorded
 from benchmarks.shapes import SHAPES
 from moe_triton import grouped_linear
-from moe_triton.config import TABLES, Config, override, read_table
-from moe_triton.launch import INTERPRETED, pretend
+from moe_triton.config import PASSES, RELATIVES, TABLES, Config, choose_config, override, read_table
+from moe_triton.launch import INTERPRETED, Target, pretend
 from moe_triton.routing import sort_pairs
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: interpreted kernels do not compile")
@@ -68,6 +68,28 @@ def test_the_calls_reach_every_kernel_and_every_row_of_the_table(name):
     kernels = {one.kernel.removesuffix("_kernel") for found in collected(name).values() for one in found}
     assert kernels >= GEMMS | {"sum", "weight_grads", "tile_map", "sort_few", "count", "place"}
     assert [row for row in read_table(TABLES / f"{name}.json") if not covers(row, TARGETS[name])] == []
+
+
+RELATED = {
+    "sm_103": (Target("cuda", 103, 148), 2048),
+    "gfx90a": (Target("hip", "gfx90a", 104), 128),
+    "gfx950": (Target("hip", "gfx950", 256), 128),
+}
+
+
+@pytest.mark.parametrize("name", RELATED)
+def test_the_table_of_a_relative_serves_architectures_that_have_none(name):
+    target, tokens = RELATED[name]
+    if target.kind == "cuda" and not has_tools():
+        pytest.skip("this Triton has no ptxas")
+    relative = TARGETS[RELATIVES[name]]
+    for what in PASSES:
+        sizes = (torch.bfloat16, 40_000, 128, 2048, 768)
+        assert choose_config(what, target, *sizes) == choose_config(what, relative, *sizes)
+    with recorded(name, target) as launches:
+        layer(SHAPES[SMALL], tokens)
+    reports = [examine(one, target, with_loop=False) for one in {one.key: one for one in launches}.values()]
+    assert [found for report in reports if (found := complaints(report, target))] == []
 
 
 def test_no_launch_is_compiled_twice():
