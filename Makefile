@@ -19,7 +19,7 @@ OTHER := .venv-triton-$(VERSION)
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
-# Where the benchmarks of the kernels leave their records.
+# Where the benchmarks of the kernels leave their records. COMMIT=name names it in a copy without its history.
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
@@ -57,7 +57,7 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 	$(BIN)/python -m benchmarks.layer --quick
 
 bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
-	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS)
+	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .ruff_cache .hypothesis

@@ -88,7 +88,7 @@ def activation_grads(gate, up, grad, limit, alpha, ACTIVATION: tl.constexpr):
         return act, grad * slope, tl.zeros_like(grad)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def activate_kernel(
     pre_ptr, grad_ptr, out_ptr, N, H, limit, alpha,
     ACTIVATION: tl.constexpr, GATED_PRE: tl.constexpr, INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr,
