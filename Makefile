@@ -11,15 +11,15 @@ export TORCH
 WORKERS ?= 2
 # What needs a GPU installs nothing: the packages, with triton, pytest and hypothesis, may be those of $(PYTHON).
 GPU_PYTHON = PYTHONPATH=.:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# Most of the time of the tests is Triton's compiler: one process a file, where pytest-xdist is there.
-GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 6 --dist loadfile")' 2>/dev/null)
+# Most of the time of the tests on a GPU is Triton's compiler: a process for each file, so many at once.
+GPU_WORKERS ?= 8
 # Another version of Triton, whose interpreter runs the tests of the kernels: make test-triton VERSION=3.8.0
 VERSION ?= 3.6.0
 OTHER := .venv-triton-$(VERSION)
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
-# Where the benchmarks of the kernels leave their records.
+# Where the benchmarks of the kernels leave their records. COMMIT=name names it in a copy without its history.
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
@@ -37,7 +37,8 @@ test: $(VENV)/.dev ## install, then run the whole test suite
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/triton
 
 test-gpu: ## the tests of the kernels on a CUDA device; installs nothing
-	$(GPU_PYTHON) -m pytest -m gpu $(GPU_WORKERS) tests/triton
+	@ls tests/triton/test_*.py | OMP_NUM_THREADS=2 xargs -P $(GPU_WORKERS) -I FILE sh -c \
+		'out=$$($(GPU_PYTHON) -m pytest -m gpu FILE 2>&1); code=$$?; echo "$$out"; exit $$code'
 
 test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.g. VERSION=3.6.0
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.:kernels $(OTHER)/bin/python -m pytest -n $(WORKERS) tests/triton
@@ -56,7 +57,7 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 	$(BIN)/python -m benchmarks.layer --quick
 
 bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
-	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS)
+	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .ruff_cache .hypothesis

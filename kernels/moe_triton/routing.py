@@ -80,7 +80,7 @@ def sum_chunks_kernel(counts_ptr, starts_ptr, CHUNKS, E, ROWS: tl.constexpr, EXP
     tl.store(starts_ptr + tl.cast(CHUNKS, tl.int64) * (E + 1) + experts, earlier, mask=experts <= E)
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["totals_ptr", "E"])
 def sum_experts_kernel(totals_ptr, offsets_ptr, E, BLOCK: tl.constexpr):
     """offsets (e+1): pairs of all earlier experts, from the totals (e+1)."""
     earlier = tl.zeros((), tl.int64)
@@ -178,9 +178,11 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     Reference: moe.ops.reference.sort_by_expert. An id outside 0..e-1 marks a pair that no expert runs.
 
     Raises:
-        ValueError: experts has not two axes.
+        ValueError: experts has not two axes, or holds no integers.
     """
     require_rank("experts", experts, "t k")
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise ValueError(f"experts is {experts.dtype}; it must hold the numbers of the experts.")
     if is_plain(experts) and not is_in_torch_dispatch_mode():
         return sort_pairs(experts, num_experts)
     return _sort_by_expert(experts, num_experts)
