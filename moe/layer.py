@@ -1,7 +1,9 @@
 """The sparse Mixture-of-Experts layer, to be put wherever a feed-forward layer stands."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,23 @@ class MoE(nn.Module):
         self.shared_expert = (
             SharedExpert(config, output_scale=output_scale) if config.n_shared_experts else None
         )
+
+    @classmethod
+    def from_hf(
+        cls, block: nn.Module, *, backend: Backend = "auto", config: Mapping[str, Any] | None = None
+    ) -> Self:
+        """The layer of a Hugging Face MoE block, router included, with the block's own Parameters.
+
+        Nothing is copied: a step of an optimizer moves both. (A selection bias that is not float32 is: it is
+        kept in float32 here.) config: the plain data of the model's config, for blocks that hold none.
+
+        Raises:
+            ValueError: no MoE block, a family that is not supported (with the nearest that is), quantised
+                weights, or a config that contradicts the block's tensors.
+        """
+        from moe.hf.import_block import import_block  # hf knows layers; layers do not know hf
+
+        return import_block(cls, block, backend=backend, config=config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> MoEOutput:
         """Run x (... d). mask (...) is True at real tokens; padding gets no expert and a routed output of 0.
