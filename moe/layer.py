@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moe.autocast import autocast_dtype
 from moe.config import GATED_ACTIVATIONS, MoEConfig
 from moe.experts import Experts
 from moe.feed_forward import Projection
@@ -89,6 +88,7 @@ class MoE(nn.Module):
         if config.num_experts < 1:
             raise ValueError(f"num_experts={config.num_experts}: a MoE layer needs at least one expert.")
         self.config = config
+        self.backend: Backend = backend
         self.router = Router(config)
         self.experts = Experts(
             config, backend=backend, output_scale=output_scale, batch_invariant=batch_invariant
@@ -138,7 +138,7 @@ class MoE(nn.Module):
         return MoEOutput(y.view(x.shape), routing, plan)
 
     def _plan(self, routing: Routing) -> RoutingPlan:
-        config, experts, backend = self.config, routing.experts, self.experts.backend
+        config, experts, backend = self.config, routing.experts, self.backend
         if config.capacity_factor is not None:
             capacity = math.ceil(config.capacity_factor * experts.numel() / config.num_experts)
             experts = drop_over_capacity(
@@ -152,19 +152,14 @@ class MoE(nn.Module):
         return RoutingPlan.from_experts(experts, config.num_experts, backend=backend)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        weight = self.experts.down_proj  # the router may be kept wider
+        device = self.router.weight.device
         if x.dim() == 0 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; its last dimension must be "
                 f"hidden_size={self.config.hidden_size}."
             )
-        if x.device != weight.device:
-            raise ValueError(f"x is on {x.device}, but the layer is on {weight.device}; move one of them.")
-        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
-            raise ValueError(
-                f"x is {x.dtype}, but the layer is {weight.dtype}: "
-                f"cast one of them, or run under torch.autocast."
-            )
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, but the layer is on {device}; move one of them.")
         if mask is not None and mask.device != x.device:
             raise ValueError(f"mask is on {mask.device}, but x is on {x.device}; move one of them.")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):

@@ -23,6 +23,8 @@ SIZES = {
     "routed_scaling_factor": 2.5,
 }
 
+MIXED = ["linear_attention", "full_attention", "linear_attention"]
+
 # Another name of the folder's case, and the settings that differ
 CASES: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", {}),
@@ -35,11 +37,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen2_moe, normalised, gelu": ("qwen2_moe", {"norm_topk_prob": True, "hidden_act": "gelu"}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe, normalised": ("qwen3_moe", {"norm_topk_prob": True}),
-    "qwen3_next": ("qwen3_next", {}),
-    "qwen3_5_moe": ("qwen3_5_moe", {}),
+    "qwen3_next": ("qwen3_next", {"layer_types": MIXED}),
+    "qwen3_5_moe": ("qwen3_5_moe", {"layer_types": MIXED}),
     "qwen3_vl_moe": ("qwen3_vl_moe", {}),
     "mellum": ("mellum", {}),
-    "jamba": ("jamba", {}),
+    "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {}),
     "ernie4_5_moe": ("ernie4_5_moe", {}),
     "ernie4_5_moe, a high floor": ("ernie4_5_moe", {"moe_norm_min": 0.5}),
@@ -116,7 +118,7 @@ def what_the_router_says(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tenso
 
 
 def routing_of(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, weights and experts of the block's own router, which transformers 5.17 returns in other ways."""
+    """Logits, weights and experts of the block's own router; transformers 5.17 returns some differently."""
     said = what_the_router_says(block, x)
     if len(said) == 1:  # Jamba's router was a linear layer
         experts, weights = block.route_tokens_to_experts(x.flatten(0, 1), said[0])

@@ -122,7 +122,7 @@ def test_restoring_puts_the_blocks_back_with_what_was_learned(family):
     replaced = replace_moe_layers(model)
     with torch.no_grad():
         for layer in replaced.values():
-            layer.experts.down_proj.mul_(1.5)
+            layer.experts.down_proj.copy_(layer.experts.down_proj.flip(1))
             if layer.router.e_score_correction_bias is not None:
                 layer.router.e_score_correction_bias += torch.linspace(-1, 1, 8)
     ours = logits_of(model, ids)
@@ -207,10 +207,10 @@ def test_a_model_with_our_layers_compiles(family):
     layer = next(iter(replaced.values()))
     x = torch.randn(2, 5, 36)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    ours, eager = compiled(x), layer(x)
-    torch.testing.assert_close(ours, eager)
-    torch.testing.assert_close(logits_of(torch.compile(model, backend="aot_eager"), ids), expected)
+    compiled = torch.compile(nn.Sequential(layer), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(whole, ids), expected)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -218,13 +218,15 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     replace_moe_layers(model)
     ids = tiny.tokens(model)
     _, plain = logits_and_gradients(model, ids)
-    model.gradient_checkpointing_enable()
+    name = "gradient_checkpointing_enable" if IS_OLD else "activation_checkpointing_enable"
+    getattr(model, name)()
     _, checkpointed = logits_and_gradients(model, ids)
     assert plain.keys() == checkpointed.keys()
     for key in plain:
         torch.testing.assert_close(checkpointed[key], plain[key])
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_lora_on_the_experts_of_our_layers_learns():
     peft = pytest.importorskip("peft")
     model = build("qwen3_moe")
@@ -251,7 +253,7 @@ def test_lora_on_the_experts_of_our_layers_learns():
 def test_a_model_without_moe_blocks_is_refused():
     with pytest.raises(ValueError, match="nothing to replace: Linear has no MoE block"):
         replace_moe_layers(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="no moe.MoE"), record_routings(nn.Linear(3, 3)):
+    with pytest.raises(ValueError, match=r"no moe\.MoE"), record_routings(nn.Linear(3, 3)):
         pass
 
 
