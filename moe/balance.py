@@ -21,7 +21,10 @@ def update_selection_bias(router: Router, tokens_per_expert: Tensor, rate: float
     """
     bias = router.e_score_correction_bias
     if bias is None:
-        raise ValueError("this router has no selection bias; build it with use_selection_bias=True.")
+        raise ValueError(
+            "this router has no selection bias; build it with use_selection_bias=True, "
+            "or call add_selection_bias(router)."
+        )
     if tokens_per_expert.shape != bias.shape:
         raise ValueError(
             f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, "
