@@ -8,7 +8,7 @@ One notation everywhere, in docstrings, comments, einops patterns and error mess
     n  attention heads     c  channels of a head           i, o  inputs and outputs of a linear map
 """
 
-from moe.balance import update_selection_bias
+from moe.balance import add_selection_bias, update_selection_bias
 from moe.config import DecoderConfig, MoEConfig
 from moe.decoder import Decoder
 from moe.layer import MoE, MoEOutput
@@ -28,6 +28,7 @@ __all__ = [
     "Routing",
     "RoutingPlan",
     "__version__",
+    "add_selection_bias",
     "count_parameters",
     "flops_per_token",
     "load_balancing_loss",

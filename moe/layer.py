@@ -1,14 +1,15 @@
 """The sparse Mixture-of-Experts layer, to be put wherever a feed-forward layer stands."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moe.autocast import autocast_dtype
 from moe.config import GATED_ACTIVATIONS, MoEConfig
 from moe.experts import Experts
 from moe.feed_forward import Projection
@@ -87,6 +88,7 @@ class MoE(nn.Module):
         if config.num_experts < 1:
             raise ValueError(f"num_experts={config.num_experts}: a MoE layer needs at least one expert.")
         self.config = config
+        self.backend: Backend = backend
         self.router = Router(config)
         self.experts = Experts(
             config, backend=backend, output_scale=output_scale, batch_invariant=batch_invariant
@@ -94,6 +96,23 @@ class MoE(nn.Module):
         self.shared_expert = (
             SharedExpert(config, output_scale=output_scale) if config.n_shared_experts else None
         )
+
+    @classmethod
+    def from_hf(
+        cls, block: nn.Module, *, backend: Backend = "auto", config: Mapping[str, Any] | None = None
+    ) -> Self:
+        """The layer of a Hugging Face MoE block, router included, with the block's own Parameters.
+
+        Nothing is copied: a step of an optimizer moves both. (A selection bias that is not float32 is: it is
+        kept in float32 here.) config: the plain data of the model's config, for blocks that hold none.
+
+        Raises:
+            ValueError: no MoE block, a family that is not supported (with the nearest that is), quantised
+                weights, or a config that contradicts the block's tensors.
+        """
+        from moe.hf.import_block import import_block  # hf knows layers; layers do not know hf
+
+        return import_block(cls, block, backend=backend, config=config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> MoEOutput:
         """Run x (... d). mask (...) is True at real tokens; padding gets no expert and a routed output of 0.
@@ -119,7 +138,7 @@ class MoE(nn.Module):
         return MoEOutput(y.view(x.shape), routing, plan)
 
     def _plan(self, routing: Routing) -> RoutingPlan:
-        config, experts, backend = self.config, routing.experts, self.experts.backend
+        config, experts, backend = self.config, routing.experts, self.backend
         if config.capacity_factor is not None:
             capacity = math.ceil(config.capacity_factor * experts.numel() / config.num_experts)
             experts = drop_over_capacity(
@@ -133,19 +152,14 @@ class MoE(nn.Module):
         return RoutingPlan.from_experts(experts, config.num_experts, backend=backend)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        weight = self.experts.down_proj  # the router may be kept wider
+        device = self.router.weight.device
         if x.dim() == 0 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; its last dimension must be "
                 f"hidden_size={self.config.hidden_size}."
             )
-        if x.device != weight.device:
-            raise ValueError(f"x is on {x.device}, but the layer is on {weight.device}; move one of them.")
-        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
-            raise ValueError(
-                f"x is {x.dtype}, but the layer is {weight.dtype}: "
-                f"cast one of them, or run under torch.autocast."
-            )
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, but the layer is on {device}; move one of them.")
         if mask is not None and mask.device != x.device:
             raise ValueError(f"mask is on {mask.device}, but x is on {x.device}; move one of them.")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
