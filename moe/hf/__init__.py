@@ -1,6 +1,15 @@
-"""Hugging Face models: their configs, blocks and checkpoints. Needs no transformers to be imported."""
+"""Hugging Face models: their configs, experts, blocks and checkpoints. Needs no transformers to be imported."""
 
-from .layers import Replaced, record_routings, replace_moe_layers
+from .layers import ReplacedLayers, record_routings, replace_moe_layers
+from .register import ReplacedExperts, register, use
 from .routers import moe_settings
 
-__all__ = ["Replaced", "moe_settings", "record_routings", "replace_moe_layers"]
+__all__ = [
+    "ReplacedExperts",
+    "ReplacedLayers",
+    "moe_settings",
+    "record_routings",
+    "register",
+    "replace_moe_layers",
+    "use",
+]

@@ -18,7 +18,7 @@ from .blocks import BLOCKS, Block
 from .import_block import import_block, looks_like_moe, row_of, tensors_of
 
 
-def replace_moe_layers(model: nn.Module, *, backend: Backend = "auto") -> "Replaced":
+def replace_moe_layers(model: nn.Module, *, backend: Backend = "auto") -> "ReplacedLayers":
     """Put a `moe.MoE` in the place of every supported MoE block of a Hugging Face model.
 
     The model keeps its Parameters: optimizers, tied weights and gradients stay as they are. Forward,
@@ -28,7 +28,7 @@ def replace_moe_layers(model: nn.Module, *, backend: Backend = "auto") -> "Repla
     Called as a module, a layer in the model returns what the block returned; its `forward` returns MoEOutput.
     Parameters that have another place here (the router, shared experts) have our names in `named_parameters`.
 
-    Returns the layers by name; `Replaced.restore` is the way back.
+    Returns the layers by name; `ReplacedLayers.restore` is the way back.
 
     Raises:
         ValueError: nothing could be replaced, or a block cannot be imported (as `moe.MoE.from_hf`). The model
@@ -47,7 +47,7 @@ def replace_moe_layers(model: nn.Module, *, backend: Backend = "auto") -> "Repla
     layers = {name: import_block(MoE, block, backend=backend, config=data) for name, block in blocks.items()}
     if others:
         warnings.warn(f"MoE blocks that stay as they are, unsupported: {', '.join(others)}.", stacklevel=2)
-    return Replaced(model, {name: (blocks[name], layer) for name, layer in layers.items()})
+    return ReplacedLayers(model, {name: (blocks[name], layer) for name, layer in layers.items()})
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def record_routings(model: nn.Module) -> Iterator[dict[str, Routing]]:
             handle.remove()
 
 
-class Replaced(dict[str, MoE]):
+class ReplacedLayers(dict[str, MoE]):
     """The layers that now stand in a model, by name."""
 
     def __init__(self, model: nn.Module, pairs: Mapping[str, tuple[nn.Module, MoE]]) -> None:

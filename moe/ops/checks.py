@@ -20,24 +20,36 @@ def check_experts_ffn(
     activation: Activation,
 ) -> None:
     """Raise ValueError unless the arguments of `experts_ffn` fit together."""
-    check_activation(activation)
-    num_experts, d, h = down_proj.shape
-    tokens, top_k = weights.shape
-    width = 2 * h if activation in GATED_ACTIVATIONS else h
-    pairs = (tokens * top_k,)
-    _require_shape("x", x, (tokens, d))
-    _require_shape("up_proj", up_proj, (num_experts, width, d))
+    pairs = (weights.numel(),)
+    check_weights(x, weights, up_proj, down_proj, up_bias, down_bias, activation)
     _require_shape("pair_of_row", pair_of_row, pairs)
     _require_shape("row_of_pair", row_of_pair, pairs)
-    _require_shape("offsets", offsets, (num_experts + 1,))
+    _require_shape("offsets", offsets, (down_proj.shape[0] + 1,))
+    for name, tensor in (("pair_of_row", pair_of_row), ("offsets", offsets)):
+        _require_device(name, tensor, x)
+
+
+def check_weights(
+    x: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: Activation,
+) -> None:
+    """Raise ValueError unless x (t d) and weights (t k) fit experts of this shape."""
+    check_activation(activation)
+    num_experts, d, h = down_proj.shape
+    width = 2 * h if activation in GATED_ACTIVATIONS else h
+    _require_shape("x", x, (weights.shape[0], d))
+    _require_shape("up_proj", up_proj, (num_experts, width, d))
     if up_bias is not None:
         _require_shape("up_bias", up_bias, (num_experts, width))
     if down_bias is not None:
         _require_shape("down_bias", down_bias, (num_experts, d))
     require_same(x=x, up_proj=up_proj, down_proj=down_proj, up_bias=up_bias, down_bias=down_bias)
-    for name, tensor in (("weights", weights), ("pair_of_row", pair_of_row), ("offsets", offsets)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; move one of them.")
+    _require_device("weights", weights, x)
 
 
 def refuse_batch_invariant(batch_invariant: bool) -> None:
@@ -74,10 +86,14 @@ def require_same(**tensors: Tensor | None) -> None:
                 f"{name} is {tensor.dtype}, but {first_name} is {first.dtype}: one dtype for both. "
                 f"Cast one of them, or run under torch.autocast."
             )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but {first_name} is on {first.device}; move one of them."
-            )
+        _require_device(name, tensor, first, first_name)
+
+
+def _require_device(name: str, tensor: Tensor, other: Tensor, other_name: str = "x") -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, but {other_name} is on {other.device}; move one of them."
+        )
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

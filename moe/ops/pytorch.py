@@ -14,11 +14,13 @@ from torch import Tensor
 from moe.config import Activation
 from moe.ops import experts_loop
 from moe.ops.activations import activate
-from moe.ops.checks import check_experts_ffn, check_grouped_linear, refuse_batch_invariant
+from moe.ops.checks import check_experts_ffn, check_grouped_linear, check_weights, refuse_batch_invariant
 from moe.ops.experts_loop import Nonlinearity, Projections
 from moe.ops.reference import sort_by_expert
 
 __all__ = ["activate", "combine", "dispatch", "experts_ffn", "grouped_linear", "sort_by_expert"]
+
+FEW_PAIRS = 64  # up to here Python sorts them faster than torch does
 
 
 def dispatch(x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
@@ -74,20 +76,54 @@ def experts_ffn(
         x, weights, pair_of_row, row_of_pair, offsets, up_proj, down_proj, up_bias, down_bias, activation
     )
     projections = Projections(up_proj, down_proj, up_bias, down_bias)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weights, *projections)
-    )
+    keep_pre = needs_grad(x, weights, *projections)
     # An operator call costs 50 us, which a token being decoded would feel.
-    if not needs_grad and type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling()):
+    if not keep_pre and type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling()):
         nonlinearity = Nonlinearity(activation, interleaved, limit, alpha)
         return experts_loop.forward(
             x, weights, pair_of_row, offsets, projections, nonlinearity, weights_on_input, pre=None
         )
     y, _ = _experts_ffn(
         x, weights, pair_of_row, offsets, up_proj, down_proj, up_bias, down_bias,
-        activation, interleaved, limit, alpha, weights_on_input, needs_grad,
+        activation, interleaved, limit, alpha, weights_on_input, keep_pre,
     )  # fmt: skip
     return y
+
+
+def is_few(x: Tensor, weights: Tensor, projections: Projections) -> bool:
+    """Whether `experts_ffn_few` can run: on a CPU, without gradients or a graph, for few pairs."""
+    return (
+        0 < weights.numel() <= FEW_PAIRS
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not needs_grad(x, weights, *projections)
+    )
+
+
+def experts_ffn_few(
+    x: Tensor, weights: Tensor, experts: Tensor, projections: Projections, nonlinearity: Nonlinearity
+) -> Tensor:
+    """`experts_ffn` of x (t d), weights (t k), experts (t k) -> (t d), where `is_few` allows it.
+
+    A token being decoded feels every call: this makes none to sort the pairs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    check_weights(x, weights, *projections, nonlinearity.activation)
+    if experts.shape != weights.shape:
+        raise ValueError(
+            f"experts has shape {tuple(experts.shape)}, but weights has {tuple(weights.shape)}: "
+            f"each choice needs one weight."
+        )
+    with torch.autocast("cpu", enabled=False):
+        return experts_loop.forward_few(x, weights, experts, projections, nonlinearity)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # The operators. Their bodies run below autograd, and without autocast: the inputs have their final dtype.

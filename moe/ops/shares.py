@@ -14,23 +14,26 @@ import torch
 from torch import Tensor
 
 _ROWS_PER_EXPERT = 20  # reading and packing an expert's weights costs about as much as this many of its rows
-_SMALLEST_SHARE = 128  # rows; below this, handing work to a thread costs more than it saves
+_SMALLEST_SHARE = (
+    1 << 20
+)  # bytes of weights, read in about 100 us; below this, a thread costs more than it saves
 _WORST_IMBALANCE = 1.3  # largest share over mean; above it, threads that share each product do better
 _MOST_SHARES = 8  # each has a sum of its own, as large as y
 
 
-def split_experts(bounds: Sequence[int], device: torch.device) -> list[range]:
+def split_experts(bounds: Sequence[int], device: torch.device, bytes_of_expert: int = 1 << 18) -> list[range]:
     """Cut experts 0..e-1 into ranges of similar work, one for each thread; one range where that does not pay.
 
-    bounds (e+1): expert i owns rows bounds[i] to bounds[i+1] - 1.
+    bounds (e+1): expert i owns rows bounds[i] to bounds[i+1] - 1. bytes_of_expert: the size of its weights.
     """
     everything = range(len(bounds) - 1)
+    smallest = max(1, _SMALLEST_SHARE * _ROWS_PER_EXPERT // max(bytes_of_expert, 1))  # in rows
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1 or bounds[-1] * (1 + _ROWS_PER_EXPERT) < 2 * _SMALLEST_SHARE:
+    if threads == 1 or bounds[-1] * (1 + _ROWS_PER_EXPERT) < 2 * smallest:
         return [everything]
     work = [bounds[i + 1] - bounds[i] + _ROWS_PER_EXPERT * (bounds[i + 1] > bounds[i]) for i in everything]
     total = sum(work)
-    threads = min(threads, _MOST_SHARES, total // _SMALLEST_SHARE)
+    threads = min(threads, _MOST_SHARES, total // smallest)
     if threads < 2:
         return [everything]
     cuts, done = [0], 0

@@ -103,8 +103,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "hy_v4_vl": {"rope_parameters": _rope(2, 1, 1)},
     "inkling": {"logits_mup_width_multiplier": 1.0},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mimo_v2_flash": {"num_key_value_heads": 3},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention"]},
+    "qwen3_5_moe": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 
