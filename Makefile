@@ -21,12 +21,14 @@ OTHER := .venv-triton-$(VERSION)
 RUN ?= runs/demo
 # Where the benchmarks of the kernels leave their records.
 RESULTS ?= benchmarks/results
+# Where `make kernel-package` leaves its folder.
+PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton check format bench bench-gpu clean FORCE
+.PHONY: help demo test test-gpu test-triton check format bench bench-gpu kernel-package clean FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## install, then train a small model on real text and show what it learnt
 	@if [ -e $(RUN) ]; then echo "$(RUN) exists: going on with it. To train anew: rm -r $(RUN), or make demo RUN=runs/another"; fi
@@ -57,6 +59,9 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 
 bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
 	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS)
+
+kernel-package: ## moe_triton as a folder for the Hugging Face kernel hub, PACKAGE=folder; installs nothing
+	$(PYTHON) kernels/package.py $(PACKAGE)
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .ruff_cache .hypothesis
