@@ -16,6 +16,8 @@ GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 6 --dist loadfil
 # Another version of Triton, whose interpreter runs the tests of the kernels: make test-triton VERSION=3.8.0
 VERSION ?= 3.6.0
 OTHER := .venv-triton-$(VERSION)
+# lm-eval brings half a gigabyte of packages, so its tests have an environment of their own.
+EVAL := .venv-eval
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
@@ -25,7 +27,7 @@ RESULTS ?= benchmarks/results
 PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton check format bench bench-gpu kernel-package clean FORCE
+.PHONY: help demo test test-gpu test-triton test-eval check format bench bench-gpu kernel-package clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -43,6 +45,9 @@ test-gpu: ## the tests of the kernels on a CUDA device; installs nothing
 
 test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.g. VERSION=3.6.0
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.:kernels $(OTHER)/bin/python -m pytest -n $(WORKERS) tests/triton
+
+test-eval: $(EVAL)/.ready ## the tests of the lm-eval adapter
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/test_probes.py tests/test_lm_eval.py
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check
@@ -64,7 +69,7 @@ kernel-package: ## moe_triton as a folder for the Hugging Face kernel hub, PACKA
 	$(PYTHON) kernels/package.py $(PACKAGE)
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* $(EVAL) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- the environment: each stamp is written when its step has succeeded ----
@@ -94,6 +99,12 @@ $(OTHER)/.ready:
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH 'numpy<2.4'
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet \
 		triton==$(VERSION) 'numpy<2.4' pytest pytest-xdist hypothesis einops safetensors
+	@touch $@
+
+$(EVAL)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH
+	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[eval]' pytest hypothesis
 	@touch $@
 
 FORCE:
