@@ -16,17 +16,21 @@ GPU_WORKERS ?= 8
 # Another version of Triton, whose interpreter runs the tests of the kernels: make test-triton VERSION=3.8.0
 VERSION ?= 3.6.0
 OTHER := .venv-triton-$(VERSION)
+# lm-eval brings half a gigabyte of packages, so its tests have an environment of their own.
+EVAL := .venv-eval
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
 # Where the benchmarks of the kernels leave their records. COMMIT=name names it in a copy without its history.
 RESULTS ?= benchmarks/results
+# Where `make kernel-package` leaves its folder.
+PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton check format bench bench-gpu clean FORCE
+.PHONY: help demo test test-gpu test-triton test-eval check format bench bench-gpu kernel-package clean FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## install, then train a small model on real text and show what it learnt
 	@if [ -e $(RUN) ]; then echo "$(RUN) exists: going on with it. To train anew: rm -r $(RUN), or make demo RUN=runs/another"; fi
@@ -42,6 +46,9 @@ test-gpu: ## the tests of the kernels on a CUDA device; installs nothing
 
 test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.g. VERSION=3.6.0
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.:kernels $(OTHER)/bin/python -m pytest -n $(WORKERS) tests/triton
+
+test-eval: $(EVAL)/.ready ## the tests of the lm-eval adapter
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/test_probes.py tests/test_lm_eval.py
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check
@@ -59,8 +66,11 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
 	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 
+kernel-package: ## moe_triton as a folder for the Hugging Face kernel hub, PACKAGE=folder; installs nothing
+	$(PYTHON) kernels/package.py $(PACKAGE)
+
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .venv-triton-* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* $(EVAL) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- the environment: each stamp is written when its step has succeeded ----
@@ -90,6 +100,12 @@ $(OTHER)/.ready:
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH 'numpy<2.4'
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet \
 		triton==$(VERSION) 'numpy<2.4' pytest pytest-xdist hypothesis einops safetensors
+	@touch $@
+
+$(EVAL)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH
+	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[eval]' pytest hypothesis
 	@touch $@
 
 FORCE:

@@ -185,15 +185,41 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, help="of the validation split; default: train.final_eval_tokens"
     )
+    parser.add_argument("--lm-eval", metavar="TASKS", help="instead: tasks of lm-eval, such as arc_easy,piqa")
+    parser.add_argument("--lm-eval-path", type=Path, metavar="FOLDER", help="a folder with tasks of your own")
+    parser.add_argument("--limit", type=int, help="documents of each task of lm-eval; default: all")
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
-    """Measure a checkpoint on held-out files; writes eval.json."""
+    """Measure a checkpoint on held-out files, or on tasks of lm-eval; writes eval.json, or lm_eval.json."""
     from moe.train.runs import evaluate_run, open_run
 
+    if arguments.lm_eval:
+        return run_lm_eval(arguments)
     run = open_run(arguments.run, checkpoint=arguments.checkpoint, device=arguments.device)
     show_evaluation(evaluate_run(run, max_tokens=arguments.tokens, log=show))
     show(f"written: {arguments.run / 'eval.json'}")
+    return 0
+
+
+def run_lm_eval(arguments: argparse.Namespace) -> int:
+    """Measure a run or a model folder on tasks of lm-eval; writes lm_eval.json."""
+    from moe.doctor import table
+    from moe.train.files import write_json
+
+    try:
+        from moe.probes.lm_eval import SparseMoELM, evaluate_tasks
+    except ImportError as error:
+        way_out = "pip install '.[eval]' in a clone of the repository"
+        raise ImportError(f"--lm-eval needs the lm-eval package ({error}): {way_out}.") from error
+    model = SparseMoELM(arguments.run, checkpoint=arguments.checkpoint, device=arguments.device)
+    tasks = [task for task in arguments.lm_eval.split(",") if task]
+    results = evaluate_tasks(model, tasks, path=arguments.lm_eval_path, limit=arguments.limit)
+    rows = [(task, name, f"{value:.4f}") for task, found in results.items() for name, value in found.items()]
+    for line in table(("task", "metric", "value"), rows):
+        show(line)
+    write_json(arguments.run / "lm_eval.json", results)
+    show(f"written: {arguments.run / 'lm_eval.json'}")
     return 0
 
 
@@ -315,7 +341,7 @@ def indent(text: str) -> str:
 COMMANDS = {
     "train": Command("train a model and leave a run folder", add_train, run_train),
     "sample": Command("text from a checkpoint", add_sample, run_sample),
-    "eval": Command("validation loss and bits per byte", add_eval, run_eval),
+    "eval": Command("validation loss and bits per byte, or tasks of lm-eval", add_eval, run_eval),
     "convert": Command("from and to Hugging Face folders, GGUF", add_convert, run_convert),
     "bench": Command("run a benchmark of the source tree", add_bench, run_bench),
     "doctor": Command("what is installed and which backend is used", add_doctor, run_doctor),

@@ -15,7 +15,7 @@ import pytest
 import moe.version
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ["triton", "transformers", "tokenizers", "matplotlib", "tensorboard"]
+OPTIONAL = ["triton", "transformers", "tokenizers", "matplotlib", "tensorboard", "gguf", "lm_eval"]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -72,7 +72,9 @@ def test_the_wheel_holds_two_packages_the_licence_and_the_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entry_points,) = [n for n in names if n.endswith(".dist-info/entry_points.txt")]
-        assert "sparse-moe = moe.cli:main" in archive.read(entry_points).decode()
+        declared = archive.read(entry_points).decode()
+        assert "sparse-moe = moe.cli:main" in declared
+        assert "[lm_eval.models]\nsparse_moe = moe.probes.lm_eval:SparseMoELM" in declared
         (licence,) = [n for n in names if n.endswith(".dist-info/licenses/LICENSE")]
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
     tops = {name.split("/")[0] for name in names}

@@ -1,4 +1,4 @@
-"""Hugging Face models: their configs, experts, blocks and checkpoints. Needs no transformers to be imported."""
+"""Hugging Face models: configs, experts, blocks and checkpoints. Importing it needs no transformers."""
 
 from .layers import ReplacedLayers, record_routings, replace_moe_layers
 from .register import ReplacedExperts, register, use
