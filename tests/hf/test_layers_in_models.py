@@ -142,6 +142,21 @@ def test_restoring_puts_the_blocks_back_with_what_was_learned(family):
         assert not any(".gate." in f".{name}" and "gate_up" not in name for name in layer.router.state_dict())
 
 
+@pytest.mark.parametrize("family", ["minimax_m2", "ernie4_5_moe"])
+def test_restoring_gives_back_a_selection_bias_that_memory_no_longer_shares(family):
+    model = build(family)
+    originals = blocks(model)
+    model.to(torch.bfloat16)
+    replaced = replace_moe_layers(model)
+    for layer in replaced.values():
+        layer.router.e_score_correction_bias += torch.linspace(-1, 1, 8)
+    model.double()
+    ours = logits_of(model, tiny.tokens(model))
+    replaced.restore()
+    assert blocks(model) == originals
+    assert (logits_of(model, tiny.tokens(model)) - ours).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "ernie4_5_moe", "lfm2_moe", "llama4", "gpt_oss"])
 def test_our_losses_and_balancing_work_on_their_models(family):
     model = build(family).train()
