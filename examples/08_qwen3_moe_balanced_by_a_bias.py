@@ -36,7 +36,8 @@ def batch(step: int) -> Tensor:
 def report(model: nn.Module) -> float:
     """Print how each layer routes a batch that was never trained on; the worst MaxVio."""
     with record_routings(model) as routings, torch.no_grad():
-        model(batch(STEPS))
+        loss = model(batch(STEPS), labels=batch(STEPS)).loss.item()
+    print(f"loss of an unseen batch {loss:.2f}")
     worst = 0.0
     print("layer               MaxVio  idle experts  mean weight of the first choice  load")
     for name, routing in routings.items():
@@ -56,7 +57,6 @@ config = Qwen3MoeConfig(
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
     num_experts=8,
     num_experts_per_tok=2,
     norm_topk_prob=True,
@@ -82,9 +82,10 @@ for balanced in (False, True):
         if balanced:
             for name, routing in routings.items():
                 moe.update_selection_bias(layers[name].router, routing.tokens_per_expert(), RATE)
-    print(f"\n{'with' if balanced else 'without'} the bias, after {STEPS} steps: loss {loss.item():.2f}")
+    print(f"\n{'with' if balanced else 'without'} the bias, after {STEPS} steps:")
     violations[balanced] = report(model)
 
-text = bytes(model.generate(TEXT[None, :16], max_new_tokens=32, do_sample=False)[0, 16:].tolist())
-print(f"\nit still generates: {text!r}")
+start = TEXT[None, :16]
+ids = model.generate(start, max_new_tokens=32, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
+print(f"\nit still generates: {bytes(ids[0, 16:].tolist())!r}")
 print(f"MaxVio by the bias alone: {violations[False]:.2f} -> {violations[True]:.2f}")

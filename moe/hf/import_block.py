@@ -114,6 +114,10 @@ def _find(block: nn.Module, place: str) -> Tensor:
 
 
 def _check_tensor(block: str, place: str, theirs: Tensor, ours: Tensor) -> None:
+    if theirs.is_meta:
+        raise ValueError(
+            f"{place} of {block} has no memory (meta device). Load the model without offloading."
+        )
     if theirs.dtype not in DTYPES:
         raise ValueError(
             f"{place} of {block} is {theirs.dtype}: quantised weights cannot be imported. "

@@ -26,7 +26,9 @@ def replace_moe_layers(model: nn.Module, *, backend: Backend = "auto") -> "Repla
     transformers) work as before. Blocks that cannot be replaced are named in a warning and stay.
 
     Called as a module, a layer in the model returns what the block returned; its `forward` returns MoEOutput.
-    Parameters that have another place here (the router, shared experts) have our names in `named_parameters`.
+    Parameters that have another place here (the router, shared experts) have our names in
+    `named_parameters`. Hooks on a router go on hearing what they heard; hooks on a block itself stay with it.
+    (transformers 5.17 records router logits of Llama 4 by hooks on its blocks: there they are lost.)
 
     Returns the layers by name; `ReplacedLayers.restore` is the way back.
 
@@ -87,7 +89,20 @@ class ReplacedLayers(dict[str, MoE]):
             model.set_submodule(name, layer)
 
     def restore(self) -> None:
-        """Put the blocks back, with the tensors as they are now. The layers stay usable on their own."""
+        """Put the blocks back, with the tensors as they are now. The layers stay usable on their own.
+
+        Raises:
+            ValueError: a layer has got a tensor that its block has no place for: an adapter, or a selection
+                bias that was added. Nothing is changed then.
+        """
+        for name, block in self._blocks.items():
+            row, places = row_of(block), tensors_of(block)
+            homeless = [ours for ours in tensors_of(self[name]) if row.place_of(ours) not in places]
+            if homeless:
+                raise ValueError(
+                    f"{type(block).__name__} has no place for {homeless} of {name}. Merge adapters or unload "
+                    f"them; drop an added selection bias with router.e_score_correction_bias = None."
+                )
         for handle in self._handles:
             handle.remove()
         for name, block in self._blocks.items():
@@ -180,6 +195,8 @@ class _ToTheirs:
 
     def __call__(self, layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for ours, theirs in self.names.items():
+            if prefix + ours not in state:  # an adapter has taken its place
+                continue
             tensor = state.pop(prefix + ours)
             shape = self.shapes.get(theirs, tensor.shape)
             state[prefix + theirs] = tensor if tensor.shape == shape else tensor.view(shape)

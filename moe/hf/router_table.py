@@ -4,7 +4,7 @@ Read in the `configuration_*.py` and `modeling_*.py` of transformers 5.24. `moe.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Settings = dict[str, Any]  # shared between rows: build new ones with |, change none
@@ -33,7 +33,10 @@ class Family:
 # Names under which configs keep the same number: `attribute_map` in transformers lets either be written.
 ALIASES = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "moe_topk", "moe_k"),
+    "num_experts_per_tok": ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"),
+    "n_shared_experts": ("n_shared_experts", "num_shared_experts"),
+    "norm_topk_prob": ("norm_topk_prob", "moe_renormalize"),
+    "n_group": ("n_group", "num_expert_group"),
 }
 
 
@@ -93,16 +96,15 @@ def _deepseek_v3(
     scale: float = 1.0,
     *,
     groups: tuple[int, int] = (1, 1),
-    shared: str = "n_shared_experts",
     n_shared: int | None = 1,
     norm: bool = True,
 ) -> Family:
     """Sigmoid scores, a selection bias, the best groups, shared experts."""
     words = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}  # keys of config.json alone
-    defaults = {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": norm, shared: n_shared}
+    defaults = {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": norm}
     return Family(
-        MOE_WIDTH | NORM | SCALE | GROUPS | keys(n_shared_experts=shared) | NOAUX_TC,
-        sizes | defaults | words | {"routed_scaling_factor": scale},
+        MOE_WIDTH | NORM | SCALE | GROUPS | keys("n_shared_experts") | NOAUX_TC,
+        sizes | defaults | words | {"routed_scaling_factor": scale, "n_shared_experts": n_shared},
         GATED | {key: {word: {}} for key, word in words.items()},
     )
 
@@ -111,6 +113,15 @@ MIXTRAL = Family(
     ONE_WIDTH | JITTER | MODEL_LOGITS, _one_width(4096, 14336, 8, 2, router_jitter_noise=0.0), GATED
 )
 GRANITE = Family(ONE_WIDTH | TOPK_FIRST, _one_width(4096, 11008, 8, 2), GATED)
+DEEPSEEK_V2 = Family(  # transformers never reads its norm_topk_prob
+    MOE_WIDTH
+    | SCALE
+    | keys("n_shared_experts")
+    | {"norm_topk_prob": False, "group_score": "max", "topk_sorted": False},
+    _sizes(4096, 1407, 64, None, n_group=None, topk_group=None, topk_method="greedy")
+    | {"n_shared_experts": 2, "routed_scaling_factor": 1.0, "mlp_bias": False},
+    GATED | NO_MLP_BIAS | {"topk_method": {"greedy": {}, "group_limited_greedy": GROUPS}},
+)
 DEEPSEEK_V3 = _deepseek_v3(_sizes(7168, 2048, 256, 8), 2.5, groups=(8, 4))
 
 FAMILIES: dict[str, Family] = {
@@ -142,6 +153,9 @@ FAMILIES: dict[str, Family] = {
         GATED,
     ),
     "qwen3_vl_moe_text": Family(MOE_WIDTH | SOFTMAX_CAST, _sizes(2048, 1408, 60, 4), GATED),
+    "qwen3_omni_moe_text": Family(
+        MOE_WIDTH | NORM | SOFTMAX_CAST, _sizes(2048, 768, 128, 8, norm_topk_prob=True), GATED
+    ),
     "mellum": Family(MOE_WIDTH | NORM | SOFTMAX_CAST, _sizes(2304, 896, 64, 8, norm_topk_prob=True), GATED),
     "jamba": Family(
         ONE_WIDTH | MODEL_LOGITS | {"norm_topk_prob": False, "routing_weights_dtype": "model"},
@@ -159,14 +173,11 @@ FAMILIES: dict[str, Family] = {
         GATED | {"use_bias": {False: {}, None: {}}},
     ),
     # Softmax in groups
-    "deepseek_v2": Family(  # transformers never reads its norm_topk_prob
-        MOE_WIDTH
-        | SCALE
-        | keys("n_shared_experts")
-        | {"norm_topk_prob": False, "group_score": "max", "topk_sorted": False},
-        _sizes(4096, 1407, 64, None, n_group=None, topk_group=None, topk_method="greedy")
-        | {"n_shared_experts": 2, "routed_scaling_factor": 1.0, "mlp_bias": False},
-        GATED | NO_MLP_BIAS | {"topk_method": {"greedy": {}, "group_limited_greedy": GROUPS}},
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_ocr2_text": DEEPSEEK_V2,
+    "unlimited_ocr_text": replace(
+        DEEPSEEK_V2,
+        defaults=DEEPSEEK_V2.defaults | _sizes(1280, 896, 64, 6, n_group=1, topk_group=1),
     ),
     "mistral4": Family(
         MOE_WIDTH
@@ -181,7 +192,9 @@ FAMILIES: dict[str, Family] = {
     ),
     # The best logits first, then the score over them
     "granitemoe": GRANITE,
-    "granitemoeshared": GRANITE,  # its shared expert lies beside the block, in the decoder layer
+    "granitemoeshared": GRANITE,  # here the shared expert lies beside the block, in the decoder layer
+    "granitemoehybrid": GRANITE,
+    "granitemoe_swa": GRANITE,
     "gpt_oss": Family(
         ONE_WIDTH
         | keys("swiglu_limit", "swiglu_alpha")
@@ -191,8 +204,8 @@ FAMILIES: dict[str, Family] = {
         _one_width(2880, 2880, 128, 4, swiglu_limit=7.0, swiglu_alpha=1.702),
     ),
     "cohere2_moe": Family(
-        ONE_WIDTH | NORM | keys(n_shared_experts="num_shared_experts") | TOPK_FIRST,
-        _one_width(8192, 22528, 8, 2, norm_topk_prob=True, num_shared_experts=0)
+        ONE_WIDTH | NORM | keys("n_shared_experts") | TOPK_FIRST,
+        _one_width(8192, 22528, 8, 2, norm_topk_prob=True, n_shared_experts=0)
         | {"expert_selection_fn": "softmax", "shared_expert_combination_strategy": "average"},
         GATED
         | {
@@ -220,7 +233,12 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": _deepseek_v3(_sizes(2048, 1536, 64, 4), 1.8),
     "dots1": _deepseek_v3(_sizes(4608, 1408, None, None), n_shared=None, norm=False),
     "solar_open": _deepseek_v3(_sizes(4096, 1280, 128, 8)),
-    "exaone_moe": _deepseek_v3(_sizes(4096, 1024, 64, 8), 2.5, shared="num_shared_experts"),
+    "exaone_moe": _deepseek_v3(_sizes(4096, 1024, 64, 8), 2.5),
+    "deepseek_v32": DEEPSEEK_V3,
+    "glm_moe_dsa": _deepseek_v3(_sizes(6144, 2048, 256, 8), 2.5),
+    "glm4v_moe_text": _deepseek_v3(_sizes(4096, 1408, 128, 8)),
+    "bailing_hybrid": _deepseek_v3(_sizes(2560, 768, 512, 8), 2.5, groups=(8, 4)),
+    "kimi_linear": _deepseek_v3(_sizes(2304, 1024, 256, 8), 2.446),
     "nemotron_h": Family(  # whatever n_shared_experts says, its block has one
         MOE_WIDTH
         | NORM
@@ -241,20 +259,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "hy_v3": Family(
         MOE_WIDTH
-        | keys(routed_scaling_factor="router_scaling_factor", n_shared_experts="num_shared_experts")
+        | keys("n_shared_experts", routed_scaling_factor="router_scaling_factor")
         | SIGMOID_BIAS
         | {"norm_topk_eps": 1e-20, "topk_sorted": False},
-        _sizes(4096, 1536, 192, 8, router_scaling_factor=2.826, num_shared_experts=1, mlp_bias=False)
+        _sizes(4096, 1536, 192, 8, router_scaling_factor=2.826, n_shared_experts=1, mlp_bias=False)
         | {"initializer_range": 0.006},
         GATED | NO_MLP_BIAS,
     ),
     "afmoe": Family(
         MOE_WIDTH
-        | keys(routed_scaling_factor="route_scale", n_shared_experts="num_shared_experts")
+        | keys("n_shared_experts", routed_scaling_factor="route_scale")
         | MODEL_LOGITS
         | SIGMOID_BIAS
         | {"norm_topk_eps": 1e-20},
-        _sizes(2048, 1408, 64, 6, route_scale=1.0, num_shared_experts=2),
+        _sizes(2048, 1408, 64, 6, route_scale=1.0, n_shared_experts=2),
         GATED,
     ),
     "laguna": Family(  # it scales what the experts give; we scale their weights

@@ -219,6 +219,12 @@ def test_quantised_weights_are_refused_by_dtype():
             moe.MoE.from_hf(block, config=config)
 
 
+def test_weights_without_memory_are_refused():
+    block, config = block_of("mixtral")
+    with pytest.raises(ValueError, match=r"gate\.weight .*meta device.*without offloading"):
+        moe.MoE.from_hf(block.to("meta"), config=config)
+
+
 def test_a_block_with_more_tensors_than_we_have_places_for_is_refused():
     block, config = block_of("mixtral")
     block.adapter = nn.Linear(36, 36, bias=False)

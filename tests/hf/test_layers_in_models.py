@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from helpers import assert_as_accurate
-from layer_cases import CASES, FAMILIES, blocks, build
+from layer_cases import CASES, FAMILIES, LAYOUTS, blocks, build
 from safetensors.torch import load_file
 from torch import nn
 
@@ -63,7 +63,7 @@ def test_greedy_generation_of_32_tokens_stays_the_same(family):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_state_dict_and_saved_files_keep_their_keys_and_bytes(family, tmp_path):
     model = build(family)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -84,7 +84,7 @@ def test_state_dict_and_saved_files_keep_their_keys_and_bytes(family, tmp_path):
     assert torch.equal(layer.experts.down_proj, before[key] * 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_router_logits_are_recorded_as_before(family):
     if IS_OLD and family in ("llama4", "granitemoe", "granitemoeshared"):
         pytest.skip("transformers 5.17 records Llama 4's blocks and none of Granite's routers")
@@ -119,7 +119,7 @@ def test_router_logits_are_recorded_as_before(family):
         assert len(again.router_logits) == len(theirs.router_logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_restoring_puts_the_blocks_back_with_what_was_learned(family):
     model = build(family)
     ids = tiny.tokens(model)
@@ -140,6 +140,21 @@ def test_restoring_puts_the_blocks_back_with_what_was_learned(family):
     for layer in replaced.values():  # a layer of its own again
         assert isinstance(layer(torch.randn(2, 3, 36)), moe.MoEOutput)
         assert not any(".gate." in f".{name}" and "gate_up" not in name for name in layer.router.state_dict())
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "ernie4_5_moe"])
+def test_restoring_gives_back_a_selection_bias_that_memory_no_longer_shares(family):
+    model = build(family)
+    originals = blocks(model)
+    model.to(torch.bfloat16)
+    replaced = replace_moe_layers(model)
+    for layer in replaced.values():
+        layer.router.e_score_correction_bias += torch.linspace(-1, 1, 8)
+    model.double()
+    ours = logits_of(model, tiny.tokens(model))
+    replaced.restore()
+    assert blocks(model) == originals
+    assert (logits_of(model, tiny.tokens(model)) - ours).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "ernie4_5_moe", "lfm2_moe", "llama4", "gpt_oss"])
@@ -237,7 +252,7 @@ def test_lora_on_the_experts_of_our_layers_learns():
     model = build("qwen3_moe")
     ids = tiny.tokens(model)
     before = logits_of(model, ids)
-    replace_moe_layers(model)
+    replaced = replace_moe_layers(model)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = peft.LoraConfig(r=2, target_parameters=targets, target_modules=[], task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
@@ -250,6 +265,33 @@ def test_lora_on_the_experts_of_our_layers_learns():
     model.train()(input_ids=ids, labels=ids).loss.backward()
     lora = [p for name, p in model.named_parameters() if "lora_A" in name]
     assert len(lora) == 6 and all(parameter.grad.abs().max() > 0 for parameter in lora)
+    assert len(peft.get_peft_model_state_dict(model)) == 12
+    with pytest.raises(ValueError, match=r"no place for .*lora_A.*Merge adapters"):
+        replaced.restore()
+
+
+def test_an_added_selection_bias_is_saved_and_must_go_before_the_blocks_come_back(tmp_path):
+    model = build("olmoe")
+    replaced = replace_moe_layers(model)
+    for layer in replaced.values():
+        moe.add_selection_bias(layer.router)
+        layer.router.e_score_correction_bias += torch.linspace(-1, 1, 8)
+    ids = tiny.tokens(model)
+    biased = logits_of(model, ids)
+    twin = build("olmoe")
+    for layer in replace_moe_layers(twin).values():
+        moe.add_selection_bias(layer.router)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(twin, ids), biased)
+    model.save_pretrained(tmp_path)
+    assert sum("e_score_correction_bias" in key for key in load_file(tmp_path / "model.safetensors")) == 3
+    with pytest.raises(ValueError, match=r"no place for \['router\.e_score_correction_bias'\]"):
+        replaced.restore()
+    assert torch.equal(logits_of(model, ids), biased)
+    for layer in replaced.values():
+        layer.router.e_score_correction_bias = None
+    replaced.restore()
+    assert len(blocks(model)) == 3
 
 
 # Bad input

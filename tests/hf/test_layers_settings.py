@@ -1,5 +1,8 @@
 """What `moe_settings` reads from a Hugging Face config, and what it refuses."""
 
+import subprocess
+import sys
+
 import pytest
 
 import moe
@@ -10,11 +13,20 @@ from moe.hf.router_table import ALIASES, FAMILIES, UNSUPPORTED, Key
 # Keys that stand in config.json but not in transformers' class, which has the value in its code
 ONLY_ON_DISK = {"scoring_func", "topk_method"}
 GIVEN = {"dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}}
-GIVEN["deepseek_v2"] = {"num_experts_per_tok": 2}
+GIVEN |= {key: {"num_experts_per_tok": 2} for key in ("deepseek_v2", "deepseek_ocr2_text")}
 
 
 def config(model_type, **changes):
     return {"model_type": model_type} | GIVEN.get(model_type, {}) | changes
+
+
+def config_class(model_type):
+    """The class in transformers; Kimi-K2 has none of its own, its checkpoints are DeepSeek-V3's."""
+    mapping = pytest.importorskip("transformers").models.auto.configuration_auto.CONFIG_MAPPING
+    name = "deepseek_v3" if model_type == "kimi_k2" else model_type
+    if name not in mapping:
+        pytest.skip(f"this transformers has no {name}")
+    return mapping[name]
 
 
 def read_by(family):
@@ -29,10 +41,7 @@ def read_by(family):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_missing_key_has_the_default_of_the_class_in_transformers(model_type):
-    mapping = pytest.importorskip("transformers").models.auto.configuration_auto.CONFIG_MAPPING
-    if model_type == "kimi_k2":
-        pytest.skip("no class of its own; its checkpoints are deepseek_v3's")
-    theirs = mapping[model_type]()
+    theirs = config_class(model_type)()
     for key, default in read_by(FAMILIES[model_type]).items():
         names = [name for name in ALIASES.get(key, (key,)) if hasattr(theirs, name)]
         assert names or key in ONLY_ON_DISK or model_type == "gpt_oss", key  # 5.17 has no swiglu_limit there
@@ -42,9 +51,8 @@ def test_a_missing_key_has_the_default_of_the_class_in_transformers(model_type):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_config_written_in_full_means_the_same_as_one_that_leaves_out_the_defaults(model_type):
-    mapping = pytest.importorskip("transformers").models.auto.configuration_auto.CONFIG_MAPPING
     given = {key: value for key, value in config(model_type).items() if key != "model_type"}
-    full = mapping["deepseek_v3" if model_type == "kimi_k2" else model_type](**given).to_dict()
+    full = config_class(model_type)(**given).to_dict()
     assert moe_settings(full) == moe_settings(config(model_type))
 
 
@@ -57,6 +65,9 @@ def test_settings_make_a_config_that_survives_json(model_type):
 def test_numbers_come_from_the_config_whatever_the_name_they_go_by():
     for name in ("num_experts", "num_local_experts"):
         assert moe_settings(config("qwen3_moe", **{name: 6}))["num_experts"] == 6
+    kimi = config("kimi_linear", moe_renormalize=False, num_expert_group=2, num_experts_per_token=3)
+    settings = moe_settings(kimi)
+    assert (settings["norm_topk_prob"], settings["n_group"], settings["num_experts_per_tok"]) == (False, 2, 3)
     assert moe_settings(config("ernie4_5_moe", moe_k=3, num_experts=9))["num_experts_per_tok"] == 3
     assert moe_settings(config("hunyuan_v1_moe", moe_topk=[2, 2], num_experts=4))["num_experts_per_tok"] == 2
 
@@ -76,6 +87,16 @@ def test_deepseek_v2_has_groups_only_when_its_method_says_so():
     assert "n_group" not in moe_settings(config("deepseek_v2", **groups))
     settings = moe_settings(config("deepseek_v2", topk_method="group_limited_greedy", **groups))
     assert (settings["n_group"], settings["topk_group"], settings["group_score"]) == (8, 3, "max")
+
+
+def test_deepseek_v2_ignores_norm_topk_prob_as_transformers_does():
+    for value in (True, False):
+        assert moe_settings(config("deepseek_v2", norm_topk_prob=value))["norm_topk_prob"] is False
+
+
+def test_nothing_here_needs_transformers():
+    code = "import sys; sys.modules['transformers'] = None; import moe.hf; moe.hf.moe_settings"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 REFUSED = {
