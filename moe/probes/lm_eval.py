@@ -192,7 +192,7 @@ def evaluate_tasks(
 
 
 def _find_tasks(tasks: Sequence[str], path: Path | None) -> TaskManager:
-    """A manager that knows all the tasks; lm-eval's own, thousands of files, only if asked for."""
+    """A manager that knows all the tasks. The thousands of files of lm-eval are read if one is missing."""
     unknown, manager = list(tasks), None
     for own in (False, True) if path else (True,):
         if unknown:
