@@ -18,6 +18,9 @@ VERSION ?= 3.6.0
 OTHER := .venv-triton-$(VERSION)
 # lm-eval brings half a gigabyte of packages, so its tests have an environment of their own.
 EVAL := .venv-eval
+# Another version of transformers, with which the tests of the bridge run: make test-hf VERSION=5.17.0
+HF_VERSION := $(if $(filter command environment,$(firstword $(origin VERSION))),$(VERSION),5.17.0)
+OTHER_HF := .venv-hf-$(HF_VERSION)
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
@@ -27,7 +30,7 @@ RESULTS ?= benchmarks/results
 PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-eval check format bench bench-gpu kernel-package clean FORCE
+.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu kernel-package clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -50,6 +53,12 @@ test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.
 test-eval: $(EVAL)/.ready ## the tests of the lm-eval adapter
 	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/test_probes.py tests/test_lm_eval.py
 
+test-hf: $(OTHER_HF)/.ready ## the tests of moe.hf with another transformers, e.g. VERSION=5.17.0
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(OTHER_HF)/bin/python -m pytest -n $(WORKERS) tests/hf
+
+conformance: $(VENV)/.dev ## what of ours works with which Hugging Face family, to docs/hf.md
+	OMP_NUM_THREADS=2 $(BIN)/python -W ignore tests/hf/conformance.py docs/hf.md
+
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -70,7 +79,7 @@ kernel-package: ## moe_triton as a folder for the Hugging Face kernel hub, PACKA
 	$(PYTHON) kernels/package.py $(PACKAGE)
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .venv-triton-* $(EVAL) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* .venv-hf-* $(EVAL) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- the environment: each stamp is written when its step has succeeded ----
@@ -106,6 +115,10 @@ $(EVAL)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(EVAL)
 	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH
 	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[eval]' pytest hypothesis
+$(OTHER_HF)/.ready:
+	$(PYTHON) -m venv $(OTHER_HF)
+	$(OTHER_HF)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH \
+		transformers==$(HF_VERSION) peft accelerate pytest pytest-xdist hypothesis einops safetensors numpy
 	@touch $@
 
 FORCE:

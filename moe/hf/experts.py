@@ -115,6 +115,8 @@ def recognise(experts: Any) -> Nonlinearity | None:
     if clamped is None:
         return None
     limit, alpha = getattr(experts, clamped.limit), getattr(experts, clamped.alpha)
+    if not (isinstance(limit, int | float) and isinstance(alpha, int | float)):
+        return None
     return Nonlinearity("clamped_swiglu", clamped.interleaved, float(limit), float(alpha))
 
 
