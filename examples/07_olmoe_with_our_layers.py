@@ -3,7 +3,7 @@
 Nothing is copied: the layers hold the model's own Parameters, the logits stay what they were, and the model
 saves in its own format. What is new is that every routing can be seen, and be part of the loss.
 
-pip install "sparse-moe[hf]"; python examples/07_olmoe_with_our_layers.py
+pip install '.[hf]' in a clone of the repository; python examples/07_olmoe_with_our_layers.py
 """
 
 import sys
@@ -18,7 +18,7 @@ import moe
 from moe.hf import record_routings, replace_moe_layers
 
 if find_spec("transformers") is None:
-    print('skipped: this example needs transformers; pip install "sparse-moe[hf]"')
+    print("skipped: this example needs transformers; pip install '.[hf]' in a clone")
     sys.exit()
 
 from transformers import OlmoeConfig, OlmoeForCausalLM

@@ -4,7 +4,7 @@ The bias (2408.15664) takes part in the choice of experts and in nothing else. Q
 `add_selection_bias` adds it to the layers that replace its blocks, and it is moved against the load after
 each step. The report at the end says, layer by layer, how even the load is.
 
-pip install "sparse-moe[hf]"; python examples/08_qwen3_moe_balanced_by_a_bias.py
+pip install '.[hf]' in a clone of the repository; python examples/08_qwen3_moe_balanced_by_a_bias.py
 """
 
 import sys
@@ -18,7 +18,7 @@ import moe
 from moe.hf import record_routings, replace_moe_layers
 
 if find_spec("transformers") is None:
-    print('skipped: this example needs transformers; pip install "sparse-moe[hf]"')
+    print("skipped: this example needs transformers; pip install '.[hf]' in a clone")
     sys.exit()
 
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

@@ -9,8 +9,9 @@ One notation everywhere, in docstrings, comments, einops patterns and error mess
 """
 
 from moe.balance import add_selection_bias, update_selection_bias
-from moe.config import DecoderConfig, MoEConfig
+from moe.config import MoEConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 from moe.layer import MoE, MoEOutput
 from moe.losses import load_balancing_loss, max_violation, router_z_loss
 from moe.parameters import count_parameters, flops_per_token

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 from moe.feed_forward import Projection
 from moe.kv_cache import KVCache, known
 from moe.rotary import Rotation

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.atomic import atomic_folder, readable_folder, write_atomically
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 from moe.json_files import read_json, write_json
 from moe.tensor_files import StoredTensor, list_tensors, map_tensors
 

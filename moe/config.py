@@ -1,4 +1,4 @@
-"""What a layer and a decoder are made of: frozen, validated data with Hugging Face's key names.
+"""What a layer is made of: frozen, validated data with Hugging Face's key names.
 
 A config holds no device, no tensor and no callable, so it can be built, compared and written to JSON
 anywhere. Nonsense is refused when the object is made.
@@ -7,11 +7,9 @@ anywhere. Nonsense is refused when the object is made.
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, cast, get_args, get_origin
-
-from moe.rotary import RopeScaling
+from typing import Any, Literal, Self, Union, cast, get_args, get_origin
 
 Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu2", "gelu"]
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -21,10 +19,8 @@ DType = Literal["float64", "float32", "bfloat16", "float16"]
 RouterDType = DType | Literal["model"]
 WeightsDType = DType | Literal["model", "logits"]
 SharedCombination = Literal["sum", "average"]
-LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
-LossGranularity = Literal["layer", "sequence"]
-QKNorm = Literal["head", "full"]
-LayerType = Literal["full_attention", "sliding_attention"]
+
+UNIONS = (UnionType, Union)
 
 GATED_ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "clamped_swiglu")
 
@@ -107,7 +103,7 @@ class MoEConfig:
 
     def _check_routing(self) -> None:
         for name in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group"):
-            _require_positive(self, name)
+            require_positive(self, name)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
@@ -150,7 +146,7 @@ class MoEConfig:
                 f'activation="{self.activation}" has no gate to interleave; set is_concatenated=True.'
             )
         if self.shared_expert_intermediate_size is not None:
-            _require_positive(self, "shared_expert_intermediate_size")
+            require_positive(self, "shared_expert_intermediate_size")
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError("shared_expert_gate=True needs n_shared_experts >= 1.")
         if self.shared_expert_activation == "clamped_swiglu":
@@ -196,160 +192,6 @@ class MoEConfig:
             raise ValueError(f"{cls.__name__}: {error}") from None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderConfig(MoEConfig):
-    """A decoder-only transformer whose feed-forward layers are dense or MoE.
-
-    Layer i is MoE when `num_experts > 0`, i >= `first_k_dense_replace`, (i + 1) % `decoder_sparse_step` == 0
-    and i is not in `mlp_only_layers`; otherwise it is a dense SwiGLU of width `intermediate_size`.
-
-    With `kv_lora_rank` attention is multi-head latent attention (DeepSeek-V2, 2405.04434), which has no
-    grouped heads and takes its head sizes from the `qk_` and `v_` keys.
-
-    Raises:
-        ValueError: as MoEConfig, and heads or widths that do not fit together.
-    """
-
-    vocab_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-
-    moe_intermediate_size: int = 0
-    num_experts: int = 0  # 0: every layer is dense
-    num_experts_per_tok: int = 0
-    num_key_value_heads: int | None = None  # None: as num_attention_heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    intermediate_size: int | None = None  # dense layers; needed when there is one
-    first_k_dense_replace: int = 0
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
-    mlp_bias: bool = False  # of dense layers
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-
-    # Attention
-    use_qk_norm: bool = False
-    qk_norm: QKNorm = "head"  # "full": over all heads at once, before they are parted (OLMoE, MiniMax-M2)
-    clip_qkv: float | None = None  # queries, keys and values are clamped to its range (OLMoE)
-    attention_bias: bool = False  # of q, k and v
-    attention_output_bias: bool = False
-    attention_sinks: bool = False  # a learnt logit a head in the softmax, without a value (gpt-oss)
-    attention_multiplier: float | None = None  # scale of q . k; None: 1 / sqrt(channels of a head)
-    sliding_window: int | None = None  # a query sees so many tokens, its own included
-    layer_types: tuple[LayerType, ...] | None = None  # None: all sliding with a sliding_window, else all full
-
-    # Rotary embedding
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    partial_rotary_factor: float = 1.0  # the share of a head's channels that turn
-    rope_interleave: bool = False  # pairs are neighbours (DeepSeek, ERNIE), not the two halves
-
-    # Multi-head latent attention
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None  # None: queries are not compressed
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-
-    # Scales of the streams (Granite)
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0  # logits are divided by it
-
-    # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
-    router_aux_loss_coef: float = 0.0
-    router_aux_loss_convention: LossConvention = "megatron"
-    router_aux_loss_granularity: LossGranularity = "layer"
-    router_z_loss_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, Mapping):  # plain data, as to_dict makes it
-            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
-        MoEConfig.__post_init__(self)
-        for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "kv_heads"):
-            _require_positive(self, name)
-        for name in ("decoder_sparse_step", "max_position_embeddings", "logits_scaling"):
-            _require_positive(self, name)
-        for name in ("intermediate_size", "sliding_window", "clip_qkv", "kv_lora_rank", "q_lora_rank"):
-            if getattr(self, name) is not None:
-                _require_positive(self, name)
-        self._check_heads()
-        self._check_layers()
-
-    def _check_heads(self) -> None:
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
-                f"{self.num_attention_heads}; change one of them or set head_dim."
-            )
-        if self.head_size <= 0:
-            raise ValueError(f"head_dim={self.head_size} must be positive.")
-        if self.rotary_size <= 0 or self.rotary_size % 2:
-            raise ValueError(
-                f"head_dim={self.head_size} with partial_rotary_factor={self.partial_rotary_factor} lets "
-                f"{self.rotary_size} channels turn: it must be positive and even, since pairs turn."
-            )
-        if self.kv_lora_rank is None and self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.kv_heads}: each key head serves a whole group of query heads."
-            )
-        if self.kv_lora_rank is not None:
-            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                _require_positive(self, name)
-            for name in ("use_qk_norm", "attention_sinks", "clip_qkv"):
-                if getattr(self, name):
-                    raise ValueError(f"{name}={getattr(self, name)}: latent attention has none.")
-
-    def _check_layers(self) -> None:
-        layers = range(self.num_hidden_layers)
-        if not set(self.mlp_only_layers) <= set(layers):
-            raise ValueError(
-                f"mlp_only_layers={self.mlp_only_layers} must be numbers of the {len(layers)} layers."
-            )
-        if self.intermediate_size is None and not all(map(self.is_moe_layer, layers)):
-            raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
-        if self.layer_types is None:
-            return
-        if len(self.layer_types) != len(layers) or not set(self.layer_types) <= set(get_args(LayerType)):
-            raise ValueError(
-                f"layer_types={self.layer_types} must name one of {list(get_args(LayerType))} for each "
-                f"of the {len(layers)} layers."
-            )
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
-
-    @property
-    def head_size(self) -> int:
-        """Channels of one attention head; of its keys with latent attention."""
-        if self.kv_lora_rank is not None:
-            return self.qk_nope_head_dim + self.qk_rope_head_dim
-        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def rotary_size(self) -> int:
-        """Channels of a head that rotary embedding turns."""
-        if self.kv_lora_rank is not None:
-            return self.qk_rope_head_dim
-        return int(self.head_size * self.partial_rotary_factor)
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer number `layer` (from 0) routes its feed-forward."""
-        past_dense = layer >= self.first_k_dense_replace and layer not in self.mlp_only_layers
-        return self.num_experts > 0 and past_dense and (layer + 1) % self.decoder_sparse_step == 0
-
-    def window(self, layer: int) -> int | None:
-        """How many tokens a query of layer number `layer` sees, its own included; None: all."""
-        is_full = self.layer_types is not None and self.layer_types[layer] == "full_attention"
-        return None if is_full else self.sliding_window
-
-
 def as_tuple(value: Any) -> Any:
     """A list, which is what JSON has for a tuple, as one; any other value as it is."""
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
@@ -361,41 +203,28 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
-def _require_positive(config: MoEConfig, name: str) -> None:
+def require_positive(config: MoEConfig, name: str) -> None:
+    """Refuse a number below 1."""
     value = getattr(config, name)
     if value <= 0:
         raise ValueError(f"{name}={value} must be at least 1.")
 
 
-_CHOICES = {
-    "activation": Activation,
-    "scoring_func": Score,
-    "group_score": GroupScore,
-    "capacity_policy": CapacityPolicy,
-    "shared_expert_activation": Activation,
-    "shared_expert_combination": SharedCombination,
-    "router_dtype": RouterDType,
-    "router_logits_dtype": RouterDType,
-    "routing_weights_dtype": WeightsDType,
-    "router_aux_loss_convention": LossConvention,
-    "router_aux_loss_granularity": LossGranularity,
-    "qk_norm": QKNorm,
-}
-
-
 def _check_type(name: str, value: object, kind: Any) -> None:
     """Refuse a value of another type than its field's; a whole number may stand for a real one."""
-    options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    options = get_args(kind) if get_origin(kind) in UNIONS else (kind,)
     if value is None and NoneType in options:
         return
-    kind = options[0]
+    kind, words = options[0], _words(kind)
+    if words and value not in words:
+        raise ValueError(f"{name}={value!r} must be one of {words}.")
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             raise ValueError(f"{name}={value!r} must be a list.")
         for item in cast("tuple[object, ...]", value):
             _check_type(name, item, get_args(kind)[0])
-    if kind is RopeScaling and not isinstance(value, RopeScaling):
-        raise ValueError(f"{name}={value!r} must be a table of {RopeScaling.__name__} keys.")
+    if isinstance(kind, type) and is_dataclass(kind) and not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r} must be a table of {kind.__name__} keys.")
     if kind is bool and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be true or false.")
     if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
@@ -406,10 +235,11 @@ def _check_type(name: str, value: object, kind: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a finite number.")
 
 
-def _words(choices: Any) -> list[str]:
-    """The words of a Literal, or of a union of Literals."""
-    parts = [_words(part) if get_args(part) else [part] for part in get_args(choices)]
-    return [word for part in parts for word in part]
+def _words(kind: Any) -> list[str]:
+    """The words of a Literal, or of the Literals in a union; none for any other type."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [word for part in get_args(kind) for word in _words(part)] if get_origin(kind) in UNIONS else []
 
 
 def _check_fields(config: MoEConfig) -> None:
@@ -419,7 +249,3 @@ def _check_fields(config: MoEConfig) -> None:
         _check_type(field.name, value, field.type)
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{field.name}={value} must not be negative.")
-        choices = _words(_CHOICES[field.name]) if field.name in _CHOICES else []
-        is_left_out = value is None and type(None) in get_args(field.type)
-        if choices and value not in choices and not is_left_out:
-            raise ValueError(f"{field.name}={value!r} must be one of {choices}.")

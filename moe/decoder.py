@@ -29,8 +29,8 @@ from moe.checkpoint import (
     save_config,
     save_tensors,
 )
-from moe.config import DecoderConfig
 from moe.cross_entropy import IGNORED, linear_cross_entropy
+from moe.decoder_config import DecoderConfig
 from moe.feed_forward import Projection, SwiGLU
 from moe.generate import Options, generate
 from moe.kv_cache import KVCache

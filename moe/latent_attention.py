@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moe.attention import RMSNorm, Sight, attend, residual_scale
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 from moe.feed_forward import Projection
 from moe.kv_cache import KVCache
 from moe.rotary import Rotation, yarn_mscale

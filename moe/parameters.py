@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True)

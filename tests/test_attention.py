@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.attention import GroupedQueryAttention, RMSNorm, Sight, attend
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 from moe.kv_cache import KVCache
 from moe.rotary import Rotation
 

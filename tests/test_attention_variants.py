@@ -164,9 +164,9 @@ def test_a_window_costs_less_and_latents_cost_what_their_matrices_do():
 NONSENSE = {
     "a kind of layer": (
         {"layer_types": ("local",) * 3, "sliding_window": 2},
-        "must name one of",
+        "must be one of",
     ),
-    "too few kinds": ({"layer_types": ("full_attention",)}, "each of the 3 layers"),
+    "too few kinds": ({"layer_types": ("full_attention",)}, "one for each of the 3 layers"),
     "no window": ({"layer_types": ("sliding_attention",) * 3}, "sliding_window is not set"),
     "an empty window": ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
     "a layer that is not there": ({"mlp_only_layers": (3,)}, "must be numbers of the 3 layers"),

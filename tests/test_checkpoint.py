@@ -21,8 +21,8 @@ import moe.atomic
 import moe.checkpoint
 from moe.atomic import atomic_folder, readable_folder, write_atomically
 from moe.checkpoint import load_tensors, save_tensors
-from moe.config import DecoderConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 
 SIZES = {
     "vocab_size": 13,
@@ -354,7 +354,7 @@ def test_an_old_folder_that_is_half_removed_is_never_taken_for_a_model(saved, mo
 
 SAVER = """
     import itertools, sys, torch
-    from moe.config import DecoderConfig
+    from moe.decoder_config import DecoderConfig
     from moe.decoder import Decoder
     models = []
     for seed in (0, 1):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from train_helpers import tiny_run
 
-from moe.config import DecoderConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 from moe.probes.likelihood import rolling_windows, windows_of
 from moe.probes.prober import Prober, before, find_tokenizer, open_prober
 from moe.train.loop import train

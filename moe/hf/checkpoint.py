@@ -4,7 +4,7 @@ A decoder remembers what it was read from (`Origin`), so that saving writes the 
 names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,19 @@ from torch import Tensor
 
 from moe.atomic import atomic_folder, readable_folder
 from moe.checkpoint import CONFIG_NAME, keep_other_files, save_tensors
-from moe.config import DecoderConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 from moe.json_files import read_json, write_json
 from moe.ops.choose import Backend
 from moe.tensor_files import StoredTensor, TensorReader, list_tensors
 
 from .export import describe_as
 from .families import decoder_config
+from .fit import BLOCKS, EMBEDDING, HEAD, SCALES, check_places, find_places
 from .mxfp4 import decode_mxfp4
 from .router_table import FAMILIES as ROUTERS
 from .router_table import Key
-from .tensor_names import LAYER, NEVER_READ, Layout, Names, Place, family_names, find_place, their_names
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BLOCKS, SCALES = "_blocks", "_scales"
+from .tensor_names import LAYER, NEVER_READ, Layout, Names, Place, family_names, their_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +67,8 @@ def load_decoder(
         decoder = Decoder(config, backend=backend)
     listed = list_tensors(folder)
     stored = _without_ignored(listed, raw)
-    places = _find_places(stored, decoder)
-    _check_places(stored, places, decoder, folder)
+    places = find_places(stored, decoder)
+    check_places(stored, places, decoder, folder)
     tensors = _read(stored, places, decoder, device or "cpu", folder)
     decoder.load_state_dict(tensors, assign=True)
     empty = {key: tensor.shape for key, tensor in listed.items() if 0 in tensor.shape}
@@ -156,121 +153,6 @@ def _without_ignored(stored: Mapping[str, StoredTensor], raw: Mapping[str, Any])
     return {key: tensor for key, tensor in stored.items() if is_read(key)}
 
 
-def _find_places(stored: Iterable[str], decoder: Decoder) -> dict[str, Place]:
-    """Our place of each stored tensor; without those that have none."""
-    places: dict[str, Place] = {}
-    for key in stored:
-        place = find_place(key.removesuffix(BLOCKS).removesuffix(SCALES))
-        if place is not None and place.name == HEAD and decoder.lm_head is None:
-            place = Place(EMBEDDING)  # tied, and stored all the same
-        if place is not None:
-            places[key] = place
-    return places
-
-
-def _check_places(
-    stored: Mapping[str, StoredTensor], places: Mapping[str, Place], decoder: Decoder, folder: Path
-) -> None:
-    """Refuse a checkpoint unless its tensors are ours, each one once.
-
-    Raises:
-        ValueError: everything that does not fit, in one message.
-    """
-    state = decoder.state_dict()  # on the meta device: shapes
-    problems = _contradictions(stored, places, decoder.config)
-    taken: dict[Place, str] = {}
-    kinds: dict[str, str] = {}
-    for key, tensor in stored.items():
-        place = places.get(key)
-        if place is None or place.name not in state or not _exists(place, state[place.name], decoder.config):
-            problems.append(f"unexpected: {key} {_shape(tensor.shape)}")
-        elif place in taken and not key.endswith(SCALES) and place.name != EMBEDDING:
-            problems.append(f"twice: {taken[place]} and {key} are the same tensor of the model")
-        else:
-            problems += _wrong_form(key, tensor, place.view(state[place.name]))
-            taken[place] = key
-            if kinds.setdefault(place.name, tensor.kind) != tensor.kind:
-                problems.append(f"two dtypes: {key} is {tensor.kind}, others of it are {kinds[place.name]}")
-    problems += [f"missing: {place}" for place in _missing(taken, state)]
-    problems += [f"missing: {key}" for key in _other_halves(stored) if key not in stored]
-    if problems:
-        listing = "\n  ".join(problems[:50])
-        more = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
-        raise ValueError(f"the tensors in {folder} do not fit its {CONFIG_NAME}:\n  {listing}{more}")
-
-
-def _other_halves(stored: Iterable[str]) -> list[str]:
-    """Of 4-bit tensors: the scales of the blocks that are there, and the blocks of the scales."""
-    scales = [key.removesuffix(BLOCKS) + SCALES for key in stored if key.endswith(BLOCKS)]
-    return scales + [key.removesuffix(SCALES) + BLOCKS for key in stored if key.endswith(SCALES)]
-
-
-def _exists(place: Place, tensor: Tensor, config: DecoderConfig) -> bool:
-    if place.expert is None:
-        return True
-    one_by_one = config.is_concatenated and not config.is_transposed
-    return one_by_one and tensor.dim() == 3 and place.expert < len(tensor)
-
-
-def _wrong_form(key: str, tensor: StoredTensor, view: Tensor) -> list[str]:
-    if key.endswith((BLOCKS, SCALES)):
-        e, inputs, outputs = view.shape
-        shape = (e, outputs, inputs // 32, 16)[: 4 if key.endswith(BLOCKS) else 3]
-        fits = tensor.dtype == torch.uint8 and tensor.shape == shape and inputs % 32 == 0
-        what = f"{tensor.kind} {_shape(tensor.shape)}, not U8 {_shape(shape)}"
-        return [] if fits else [f"not MXFP4: {key} is {what}"]
-    if tensor.dtype not in FLOATS:
-        return [f"not decoded: {key} is {tensor.kind}; weights must be F64, F32, F16 or BF16"]
-    if tensor.shape not in (tuple(view.shape), (1, *view.shape)):
-        return [f"wrong shape: {key} is {_shape(tensor.shape)}, the model has {_shape(view.shape)}"]
-    return []
-
-
-def _contradictions(
-    stored: Mapping[str, StoredTensor], places: Mapping[str, Place], config: DecoderConfig
-) -> list[str]:
-    """Numbers of the config that the tensors contradict, before the many tensors that follow from it."""
-    layers = {int(found[1]) for key in stored if (found := LAYER.fullmatch(key)) is not None}
-    found = {"num_hidden_layers": 1 + max(layers, default=-1)}
-    if EMBEDDING in stored and len(stored[EMBEDDING].shape) == 2:
-        found["vocab_size"], found["hidden_size"] = stored[EMBEDDING].shape
-    experts = {place.expert for place in places.values() if place.expert is not None}
-    fused = [
-        stored[key].shape[0] for key, place in places.items() if place.name.endswith("experts.down_proj")
-    ]
-    if config.num_experts and (experts or fused):
-        found["num_experts"] = 1 + max(experts) if experts else fused[0]
-    return [
-        f"{name} is {getattr(config, name)} in {CONFIG_NAME}, but {number} by the tensors"
-        for name, number in found.items()
-        if number != getattr(config, name)
-    ]
-
-
-def _missing(taken: Mapping[Place, str], state: Mapping[str, Tensor]) -> list[str]:
-    """Names of our tensors, or parts of them, that nothing fills."""
-    filled: dict[str, set[tuple[int | None, int | None]]] = {}
-    for place in taken:
-        filled.setdefault(place.name, set()).add((place.expert, place.half))
-    missing: list[str] = []
-    for name, tensor in state.items():
-        parts = filled.get(name, set())
-        if (None, None) in parts:
-            continue
-        if not parts:
-            missing.append(f"{name} {_shape(tensor.shape)}")
-            continue
-        halves = (0, 1) if name.endswith("gate_up_proj") else (None,)
-        words = {0: " gate_proj", 1: " up_proj", None: ""}
-        missing += [
-            f"{name} of expert {expert}{words[half]}"
-            for expert in range(len(tensor))
-            for half in halves
-            if (expert, half) not in parts
-        ]
-    return missing
-
-
 def _read(
     stored: Mapping[str, StoredTensor],
     places: Mapping[str, Place],
@@ -343,7 +225,3 @@ def _stored_form(key: str, state: Mapping[str, Tensor], origin: Origin) -> Tenso
 def _config_of_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     return config | {key: str(dtype).removeprefix("torch.")}
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return f"({' '.join(map(str, shape))})"

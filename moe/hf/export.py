@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from moe.config import DecoderConfig
+from moe.config import MoEConfig
+from moe.decoder_config import DecoderConfig
 
 from .families import FAMILIES, DecoderFamily, decoder_config
 from .router_table import FAMILIES as ROUTERS
@@ -109,7 +110,7 @@ def _meaningless(config: DecoderConfig, all_sparse: bool, any_sparse: bool) -> l
     names: list[str] = ["intermediate_size", "mlp_bias"] if all_sparse else []
     if not any_sparse:
         kept = ("hidden_size", "initializer_range")
-        names += [f.name for f in fields(DecoderConfig.__base__) if f.name not in kept]  # pyright: ignore
+        names += [f.name for f in fields(MoEConfig) if f.name not in kept]
     if config.n_group == 1:
         names += ["group_score", "topk_group"]
     if not config.n_shared_experts:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe.config import DecoderConfig, as_tuple, did_you_mean
+from moe.config import as_tuple, did_you_mean
+from moe.decoder_config import DecoderConfig
 from moe.rotary import RopeScaling
 
 from .router_table import Key, Settings, keys

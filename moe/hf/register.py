@@ -49,14 +49,14 @@ def register() -> None:
     if find_spec("transformers") is None:
         raise ImportError(
             "moe.hf needs transformers, which is not installed. "
-            "Install it with: pip install 'sparse-moe[hf]'."
+            "Install it with: pip install '.[hf]' in a clone of the repository."
         )
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
         raise ImportError(
             "moe.hf needs a newer transformers: this one has no registry of experts. "
-            "Upgrade it with: pip install 'sparse-moe[hf]'."
+            "Upgrade it with: pip install '.[hf]' in a clone of the repository."
         ) from error
     from moe.hf.experts import experts_forward
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 
 Layout = Literal["hub", "packed"]
 
