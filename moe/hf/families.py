@@ -224,10 +224,14 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         ours: _look_up(values, value) if isinstance(value, Key) else value
         for ours, value in family.settings.items()
     }
-    settings |= moe_settings(config) if family.is_moe else _dense_settings(config)
+    if family.is_moe:
+        settings |= moe_settings(config)
     settings["mlp_only_layers"] = settings.get("mlp_only_layers") or ()
     settings |= _after_the_last(values) | _windows(family, values) | _rope(values)
-    return DecoderConfig(**settings)
+    decoder = DecoderConfig(**settings)
+    if not all(map(decoder.is_moe_layer, range(decoder.num_hidden_layers))):
+        _check_dense(config)
+    return decoder
 
 
 def find_family(config: Mapping[str, Any]) -> DecoderFamily:
@@ -257,10 +261,9 @@ def _look_up(values: Settings, key: str) -> Any:
     return as_tuple(values[key])
 
 
-def _dense_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _check_dense(config: Mapping[str, Any]) -> None:
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r}: dense layers here are SwiGLU, which is 'silu'.")
-    return {}
 
 
 def _after_the_last(values: Settings) -> dict[str, Any]:

@@ -413,6 +413,12 @@ def test_a_config_that_cannot_be_followed_is_refused(folders, tmp_path, changes,
         Decoder.from_pretrained(folder)
 
 
+def test_dense_layers_of_another_activation_are_refused(folders, tmp_path):
+    folder = with_config(folders("glm4_moe"), tmp_path / "gelu", hidden_act="gelu")
+    with pytest.raises(ValueError, match="hidden_act='gelu': dense layers here are SwiGLU"):
+        Decoder.from_pretrained(folder)
+
+
 def test_everything_that_does_not_fit_is_listed_at_once(folders, tmp_path):
     shutil.copytree(folders("mixtral"), tmp_path / "bad")
     weights = weights_of(tmp_path / "bad")
