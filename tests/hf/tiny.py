@@ -201,7 +201,7 @@ def tiny_config(config_class: type, **changes: Any) -> Any:
 
 
 def _build_class(model_class: type, family: str, seed: int, changes: dict[str, Any]) -> nn.Module:
-    config = tiny_config(model_class.config_class, **CHANGES.get(family, {}), **changes)
+    config = tiny_config(model_class.config_class, **CHANGES.get(family, {}) | changes)
     with torch.device("meta"):
         skeleton = model_class(config)
     if not experts_modules(skeleton):
