@@ -11,25 +11,29 @@ export TORCH
 WORKERS ?= 2
 # What needs a GPU installs nothing: the packages, with triton, pytest and hypothesis, may be those of $(PYTHON).
 GPU_PYTHON = PYTHONPATH=.:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# Most of the time of the tests is Triton's compiler: one process a file, where pytest-xdist is there.
-GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 6 --dist loadfile")' 2>/dev/null)
+# Most of the time of the tests on a GPU is Triton's compiler: a process for each file, so many at once.
+GPU_WORKERS ?= 8
 # Another version of Triton, whose interpreter runs the tests of the kernels: make test-triton VERSION=3.8.0
 VERSION ?= 3.6.0
 OTHER := .venv-triton-$(VERSION)
+# lm-eval brings half a gigabyte of packages, so its tests have an environment of their own.
+EVAL := .venv-eval
 # Another version of transformers, with which the tests of the bridge run: make test-hf VERSION=5.17.0
 HF_VERSION := $(if $(filter command environment,$(firstword $(origin VERSION))),$(VERSION),5.17.0)
 OTHER_HF := .venv-hf-$(HF_VERSION)
 
 # Where the demo leaves its model, its numbers and its figure.
 RUN ?= runs/demo
-# Where the benchmarks of the kernels leave their records.
+# Where the benchmarks of the kernels leave their records. COMMIT=name names it in a copy without its history.
 RESULTS ?= benchmarks/results
+# Where `make kernel-package` leaves its folder.
+PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-hf check format bench bench-gpu clean FORCE
+.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu kernel-package clean FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## install, then train a small model on real text and show what it learnt
 	@if [ -e $(RUN) ]; then echo "$(RUN) exists: going on with it. To train anew: rm -r $(RUN), or make demo RUN=runs/another"; fi
@@ -40,13 +44,20 @@ test: $(VENV)/.dev ## install, then run the whole test suite
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/triton
 
 test-gpu: ## the tests of the kernels on a CUDA device; installs nothing
-	$(GPU_PYTHON) -m pytest -m gpu $(GPU_WORKERS) tests/triton
+	@ls tests/triton/test_*.py | OMP_NUM_THREADS=2 xargs -P $(GPU_WORKERS) -I FILE sh -c \
+		'out=$$($(GPU_PYTHON) -m pytest -m gpu FILE 2>&1); code=$$?; echo "$$out"; exit $$code'
 
 test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.g. VERSION=3.6.0
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.:kernels $(OTHER)/bin/python -m pytest -n $(WORKERS) tests/triton
 
+test-eval: $(EVAL)/.ready ## the tests of the lm-eval adapter
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/test_probes.py tests/test_lm_eval.py
+
 test-hf: $(OTHER_HF)/.ready ## the tests of moe.hf with another transformers, e.g. VERSION=5.17.0
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(OTHER_HF)/bin/python -m pytest -n $(WORKERS) tests/hf
+
+conformance: $(VENV)/.dev ## what of ours works with which Hugging Face family, to docs/hf.md
+	OMP_NUM_THREADS=2 $(BIN)/python -W ignore tests/hf/conformance.py docs/hf.md
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check
@@ -62,10 +73,13 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 	$(BIN)/python -m benchmarks.layer --quick
 
 bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
-	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS)
+	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
+
+kernel-package: ## moe_triton as a folder for the Hugging Face kernel hub, PACKAGE=folder; installs nothing
+	$(PYTHON) kernels/package.py $(PACKAGE)
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .venv-triton-* .venv-hf-* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* .venv-hf-* $(EVAL) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- the environment: each stamp is written when its step has succeeded ----
@@ -97,6 +111,10 @@ $(OTHER)/.ready:
 		triton==$(VERSION) 'numpy<2.4' pytest pytest-xdist hypothesis einops safetensors
 	@touch $@
 
+$(EVAL)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH
+	$(EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[eval]' pytest hypothesis
 $(OTHER_HF)/.ready:
 	$(PYTHON) -m venv $(OTHER_HF)
 	$(OTHER_HF)/bin/python -m pip --disable-pip-version-check install --quiet $$TORCH \

@@ -15,13 +15,13 @@ from triton.compiler import ASTSource
 from benchmarks import sass
 from benchmarks.launches import Launch
 from benchmarks.sass import Loop, Resources
-from moe_triton.config import TABLES, Config, read_table
+from moe_triton.config import Config, read_table, shipped_table
 from moe_triton.launch import Target
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # CUDA C++ programming guide, limits by compute capability: KiB of shared memory of a multiprocessor, of which
 # a block takes one more than it asked for; its registers, warps and blocks; columns of tensor memory.
-SHARED_KIB = {80: 164, 90: 228, 100: 228}
+SHARED_KIB = {80: 164, 90: 228, 100: 228, 103: 228}
 REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512
 # CDNA3 instruction set guide: vector registers of a SIMD's lane, SIMDs, waves of each, KiB of shared memory.
 AMD_REGISTERS, AMD_SIMDS, AMD_WAVES, AMD_SHARED_KIB = 512, 4, 8, 64
@@ -160,7 +160,7 @@ def counted_on(launch: Launch, target: Target) -> int:
     """Programs that a multiprocessor holds by the target's table; 1 for what is in no table."""
     constants = dict(launch.constants)
     schedule = [*(constants.get(name) for name in TILE), launch.num_warps, launch.num_stages]
-    rows = [(row["pass"], Config(**row["config"])) for row in read_table(TABLES / f"{target.name}.json")]
+    rows = [(row["pass"], Config(**row["config"])) for row in read_table(shipped_table(target))]
     own = [config for what, config in rows if KERNELS[what] == launch.kernel]
     same = [c for c in own if [c.rows, c.outs, c.ins, c.num_warps, c.num_stages] == schedule]
     return max((config.programs for config in same), default=1)

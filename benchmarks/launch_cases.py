@@ -108,6 +108,7 @@ def variations() -> Calls:
         "many experts": lambda: layer(Shape(d=256, h=128, e=512, k=2), 64),
         "persistent": lambda: persistent(small, tokens),
         "level 1": lambda: level_one(small, tokens),
+        "every expert chosen": lambda: layer(Shape(d=256, h=128, e=256, k=256), 8),
     }
     for name in ACTIVATIONS[1:]:  # the first is everywhere else
         found[name] = lambda name=name: layer(small, tokens, Settings(name))
@@ -174,9 +175,9 @@ def level_one(shape: Shape, tokens: int) -> None:
     by_row, wide = meta(pairs, d), meta(pairs, h)
     with mock.patch.object(grouped, "is_plain", lambda *_: True):  # meta tensors go no further otherwise
         grouped.grouped_linear(by_row, matrix, offsets, meta(e, h))
-    grouped.grouped_linear_grad_rows(wide, matrix, offsets)
-    grouped.grouped_linear_grad_weight(wide, by_row, offsets)
-    grouped.grouped_linear_grad_weight(wide, by_row, offsets, out=meta(e, h, d, dtype=torch.float32))
+        grouped.grouped_linear_grad_rows(wide, matrix, offsets)
+        grouped.grouped_linear_grad_weight(wide, by_row, offsets)
+        grouped.grouped_linear_grad_weight(wide, by_row, offsets, out=meta(e, h, d, dtype=torch.float32))
     rows.expert_sums(wide, offsets, None, 1, None, dtype=wide.dtype)
     rows.gather_rows(x, row, shape.k)
     rows.sum_rows(by_row, row, None, shape.k, None)

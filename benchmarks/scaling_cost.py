@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.candidates import EAGER_LIMIT_S, SLICE_BYTES_S
 from benchmarks.measure import Budget, Prepare, Timing, peak_bytes, time_in_turns
-from moe.attention import KVCache
-from moe.config import DecoderConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
+from moe.kv_cache import KVCache
 from moe.ops.choose import Backend, triton_obstacle
 from moe.parameters import count_parameters, flops_per_token
 

@@ -19,8 +19,8 @@ import torch
 import moe
 from benchmarks.record import commit
 from benchmarks.scaling_store import Run, append_store, default_store, read_store
-from moe.config import DecoderConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 from moe.parameters import count_parameters, flops_per_token
 from moe.train.data import Windows
 from moe.train.evaluate import evaluate

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # without Triton this file must still say what is missing
 
 NO_GPU = "benchmarks.tune times schedules on a CUDA device, and torch sees none here."
 CONTEXT_BYTES = 1 << 30  # of GPU memory that a process takes before its first tensor, and its flushed buffer
-NO_TRITON = "benchmarks.tune needs triton: pip install 'sparse-moe[triton]'."
+NO_TRITON = "benchmarks.tune needs triton: pip install triton."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import moe
-from moe.config import LossConvention
+from moe.decoder_config import LossConvention
 from moe.losses import uniform_value
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 1024, 64, 8, 2

@@ -8,9 +8,10 @@ One notation everywhere, in docstrings, comments, einops patterns and error mess
     n  attention heads     c  channels of a head           i, o  inputs and outputs of a linear map
 """
 
-from moe.balance import update_selection_bias
-from moe.config import DecoderConfig, MoEConfig
+from moe.balance import add_selection_bias, update_selection_bias
+from moe.config import MoEConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 from moe.layer import MoE, MoEOutput
 from moe.losses import load_balancing_loss, max_violation, router_z_loss
 from moe.parameters import count_parameters, flops_per_token
@@ -28,6 +29,7 @@ __all__ = [
     "Routing",
     "RoutingPlan",
     "__version__",
+    "add_selection_bias",
     "count_parameters",
     "flops_per_token",
     "load_balancing_loss",

@@ -1,4 +1,4 @@
-"""A folder that is either the old one or the new one, whenever the process is killed.
+"""A folder or a file that is either the old one or the new one, whenever the process is killed.
 
 One writer at a time for one target. How `atomic_folder` replaces NAME:
     1. everything is written into a new sibling, `.NAME.tmp-XXXXXXXX`; files and folder reach the disk (fsync)
@@ -55,11 +55,37 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_disk_full(error):
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left on disk while saving {target}. What was there before is intact; "
-                f"free some space or save to another disk",
-            ) from error
+            raise _disk_full_error(target) from error
+        raise
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary sibling of the file `path` to write; takes its place on success, vanishes on any error.
+
+    Parents are made as needed. A symbolic link is followed, and the file it names is replaced.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
+        OSError: no space left on disk (the old file is intact, the temporary one removed), or another
+            failure of the file system.
+    """
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the name of a file.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{_escape(target.name)}.tmp-*"):
+        leftover.unlink()
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+        _sync(target.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if _is_disk_full(error):
+            raise _disk_full_error(target) from error
         raise
 
 
@@ -140,6 +166,14 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _disk_full_error(target: Path) -> OSError:
+    return OSError(
+        errno.ENOSPC,
+        f"no space left on disk while saving {target}. What was there before is intact; "
+        f"free some space or save to another disk",
+    )
 
 
 def _is_disk_full(error: BaseException) -> bool:

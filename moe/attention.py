@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary embedding, and the cache that decoding reads.
+"""Grouped-query attention with rotary embedding: where tokens are, what they see, and what they take from it.
 
 Axes: b batch, s new tokens, l all tokens so far (cached and new), d model width, n query heads, g key heads,
 c channels of a head.
@@ -12,11 +12,13 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 from moe.feed_forward import Projection
+from moe.kv_cache import KVCache, known
+from moe.rotary import Rotation
 
 
 class RMSNorm(nn.Module):
@@ -57,179 +59,109 @@ class Sight:
 
     @classmethod
     def causal(
-        cls, shape: tuple[int, int], device: torch.device, mask: Tensor | None, cache: "KVCache | None"
+        cls,
+        shape: tuple[int, int],
+        device: torch.device,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        window: int | None = None,
     ) -> Self:
-        """Every real token sees itself and the real tokens before it, cached or new.
+        """Every real token sees itself and the real tokens before it, cached or new, within the window.
 
         `shape` is (b s); `mask` (b s) bool is True at real tokens, None when all are. A padding token also
-        sees itself, so that no row of the softmax is empty; no real token sees a padding token.
+        sees itself, so that no row of the softmax is empty; no real token sees a padding token. The window
+        counts places, padding included, as Hugging Face does.
         """
         s = shape[1]
         past = 0 if cache is None else cache.length
         seen = None if cache is None else cache.seen
+        window = None if window is None or window >= past + s else window
         if mask is None and seen is None:
             positions = torch.arange(past, past + s, device=device)[None]
-            if past == 0:
+            if past == 0 and window is None:
                 return cls(positions, None, is_causal=True)
-            if s == 1:
+            if s == 1 and window is None:
                 return cls(positions, None)
-            return cls(positions, _lower_triangle(s, past + s, device)[None, None])
-        real = _known(mask, shape, device)
-        before = _known(seen, (shape[0], past), device)
+            return cls(positions, _reach(s, past + s, window, device)[None, None])
+        real = known(mask, shape, device)
+        before = known(seen, (shape[0], past), device)
         positions = (before.sum(1, keepdim=True) + real.cumsum(1) - 1).clamp(min=0)
         keys = rearrange(torch.cat([before, real], dim=1), "b l -> b 1 1 l")
         itself = torch.eye(s, dtype=torch.bool, device=device)
         itself = F.pad(itself, (past, 0))
-        return cls(positions, keys & _lower_triangle(s, past + s, device) | itself)
+        return cls(positions, keys & _reach(s, past + s, window, device) | itself)
 
 
-def _known(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
-    return torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
-
-
-def _lower_triangle(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(s l) bool: the last query sees all keys, the one before it all but one, and so on."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rotation:
-    """Rotary embedding (2104.09864): cosine and sine (b s c/2) of the angles that turn each pair of channels.
-
-    Pair i is channels i and i + c/2 (Hugging Face's convention) and turns by position * theta^(-2i/c).
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def at(cls, positions: Tensor, channels: int, theta: float, dtype: torch.dtype = torch.float32) -> Self:
-        """The rotation at int64 positions (b s). Angles in fp32 or wider; no table, so no limit."""
-        wide = at_least_fp32(dtype)
-        exponents = torch.arange(0, channels, 2, device=positions.device).to(wide) / channels
-        angles = positions[..., None].to(wide) / theta**exponents
-        return cls(angles.cos(), angles.sin())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Turn x (b n s c); same dtype."""
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        left, right = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
-
-
-class KVCache:
-    """The keys and values of the tokens so far, for every layer; buffers double when they are full.
-
-    length  tokens held, padding included
-    seen    (b length) bool, True at real tokens; None while every token is real
-
-    Each layer calls `append` in turn, then the decoder `advance`, once: a forward pass that fails half-way
-    leaves the cache as it was.
-    """
-
-    def __init__(self, capacity: int = 256) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity={capacity} must be at least 1.")
-        self.capacity = capacity
-        self.length = 0
-        self.seen: Tensor | None = None
-        self._layers: list[Tensor] = []  # each (2 b g capacity c)
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (b g s c) of a layer; returns all so far, (b g l c).
-
-        Raises:
-            ValueError: another batch size, model, dtype or device than the tokens held; or gradients asked.
-        """
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise ValueError(
-                "a KVCache keeps no gradients. Decode inside torch.no_grad(), or pass cache=None."
-            )
-        new = torch.stack([keys, values])
-        end = self.length + keys.shape[2]
-        buffer = self._room(layer, new, end)
-        buffer[:, :, :, self.length : end] = new
-        return buffer[0, :, :, :end], buffer[1, :, :, :end]
-
-    def advance(self, tokens: int, mask: Tensor | None) -> None:
-        """Count the tokens that every layer has now stored; `mask` (b tokens) is True at real ones."""
-        if mask is not None or self.seen is not None:
-            batch, device = self._layers[0].shape[1], self._layers[0].device
-            before = _known(self.seen, (batch, self.length), device)
-            self.seen = torch.cat([before, _known(mask, (batch, tokens), device)], dim=1)
-        self.length += tokens
-
-    def _room(self, layer: int, new: Tensor, end: int) -> Tensor:
-        """The buffer of a layer, with room for `end` tokens."""
-        if layer == len(self._layers) and self.length == 0:
-            self._layers.append(_empty(new, max(self.capacity, end)))
-        if layer >= len(self._layers):
-            raise ValueError(
-                f"this cache was filled by a model of {len(self._layers)} layers. Use a new KVCache."
-            )
-        buffer = self._layers[layer]
-        if self.length == 0 and _kind(buffer) != _kind(new):  # left by a forward pass that failed
-            self._layers[layer] = buffer = _empty(new, max(self.capacity, end))
-        if (held := _kind(buffer)) != (given := _kind(new)):
-            raise ValueError(
-                f"this cache holds (batch, key heads, channels, dtype, device) = {held}, got {given}. "
-                f"Use a new KVCache for another batch or model."
-            )
-        if end > buffer.shape[3]:
-            grown = _empty(new, max(end, 2 * buffer.shape[3]))
-            grown[:, :, :, : self.length] = buffer[:, :, :, : self.length]
-            self._layers[layer] = buffer = grown
-        return buffer
-
-
-def _empty(new: Tensor, capacity: int) -> Tensor:
-    two, b, g, _, c = new.shape
-    return new.new_empty(two, b, g, capacity, c)
-
-
-def _kind(buffer: Tensor) -> tuple[int, int, int, str, str]:
-    _, b, g, _, c = buffer.shape
-    return b, g, c, str(buffer.dtype), str(buffer.device)
+def _reach(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(s l) bool: the last query sees all keys, or the last `window`; every earlier one a key less."""
+    lower = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return lower if window is None else lower.triu(keys - queries - window + 1)
 
 
 class GroupedQueryAttention(nn.Module):
     """softmax(q k^T / sqrt(c)) v, where n / g query heads share each key head (2305.13245).
 
-    With `use_qk_norm`, queries and keys are RMS-normalised per head before they are turned (Qwen3).
+    With `use_qk_norm`, queries and keys are RMS-normalised before they are turned, each head by itself
+    (Qwen3) or all at once (OLMoE). With `attention_sinks` each head has one more, learnt logit in its softmax
+    (gpt-oss).
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         n, g, c, d = config.num_attention_heads, config.kv_heads, config.head_size, config.hidden_size
-        self.layer, self.head_size = layer, c
-        std = config.initializer_range
-        self.q_proj = Projection(d, n * c, std=std)
-        self.k_proj = Projection(d, g * c, std=std)
-        self.v_proj = Projection(d, g * c, std=std)
-        self.o_proj = Projection(n * c, d, std=std * residual_scale(config))
-        self.q_norm = RMSNorm(c, config.rms_norm_eps) if config.use_qk_norm else None
-        self.k_norm = RMSNorm(c, config.rms_norm_eps) if config.use_qk_norm else None
+        self.config, self.layer, self.head_size = config, layer, c
+        std, bias = config.initializer_range, config.attention_bias
+        self.q_proj = Projection(d, n * c, std=std, bias=bias)
+        self.k_proj = Projection(d, g * c, std=std, bias=bias)
+        self.v_proj = Projection(d, g * c, std=std, bias=bias)
+        self.o_proj = Projection(
+            n * c, d, std=std * residual_scale(config), bias=config.attention_output_bias
+        )
+        self.q_norm = self.k_norm = None
+        if config.use_qk_norm:
+            heads = (n, g) if config.qk_norm == "full" else (1, 1)
+            self.q_norm, self.k_norm = (RMSNorm(h * c, config.rms_norm_eps) for h in heads)
+        self.sinks = nn.Parameter(torch.zeros(n)) if config.attention_sinks else None
 
     def forward(self, x: Tensor, sight: Sight, rotation: Rotation, cache: KVCache | None = None) -> Tensor:
         """x (b s d) -> (b s d)."""
-        queries, keys, values = (
-            rearrange(projection(x), "b s (n c) -> b n s c", c=self.head_size)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = self._heads(self.q_proj(x), self.q_norm)
+        keys = self._heads(self.k_proj(x), self.k_norm)
+        values = self._heads(self.v_proj(x), None)
         queries, keys = rotation(queries), rotation(keys)
         if cache is not None:
             keys, values = cache.append(self.layer, keys, values)
-        return self.o_proj(rearrange(attend(queries, keys, values, sight), "b n s c -> b s (n c)"))
+        out = attend(queries, keys, values, sight, scale=self.config.attention_multiplier, sinks=self.sinks)
+        return self.o_proj(rearrange(out, "b n s c -> b s (n c)"))
+
+    def _heads(self, x: Tensor, norm: "RMSNorm | None") -> Tensor:
+        """Normalised, clamped and parted into heads: (b s (n c)) -> (b n s c)."""
+        if norm is not None and self.config.qk_norm == "full":
+            x = norm(x)
+        if self.config.clip_qkv is not None:
+            x = x.clamp(-self.config.clip_qkv, self.config.clip_qkv)
+        x = rearrange(x, "b s (n c) -> b n s c", c=self.head_size)
+        return norm(x) if norm is not None and self.config.qk_norm == "head" else x
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
-    """queries (b n s c), keys and values (b g l c) -> (b n s c).
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sight: Sight,
+    *,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """queries (b n s c), keys (b g l c), values (b g l c') -> (b n s c').
+
+    scale: of the products; None: 1 / sqrt(c). sinks (n): a logit of each head that joins its softmax.
 
     With a mask on CUDA the key heads are repeated: of the kernels that take a mask, only the one that
     writes all s * l weights to memory shares key heads.
     """
+    if sinks is not None:
+        return _attend_with_sinks(queries, keys, values, sight, scale, sinks)
     if sight.allowed is not None and keys.is_cuda:
         shared = queries.shape[1] // keys.shape[1]
         keys, values = (repeat(x, "b g l c -> b (g r) l c", r=shared) for x in (keys, values))
@@ -239,8 +171,25 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tenso
         values,
         attn_mask=sight.allowed,
         is_causal=sight.is_causal,
+        scale=scale,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
+
+
+def _attend_with_sinks(
+    queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: float | None, sinks: Tensor
+) -> Tensor:
+    """With all s * l weights in memory: torch's fused attention knows no sink. Softmax in fp32 or wider."""
+    g, (s, c), l = keys.shape[1], queries.shape[2:], keys.shape[2]
+    queries = rearrange(queries, "b (g r) s c -> b g r s c", g=g)
+    scores = einsum(queries * (scale or c**-0.5), keys, "b g r s c, b g l c -> b g r s l")
+    scores = scores.to(at_least_fp32(scores.dtype))
+    allowed = _reach(s, l, None, keys.device)[None, None] if sight.is_causal else sight.allowed
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, :, None], -torch.inf)
+    sink = repeat(sinks.to(scores.dtype), "(g r) -> b g r s 1", g=g, b=len(scores), s=s)
+    weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1].to(values.dtype)
+    return rearrange(einsum(weights, values, "b g r s l, b g l c -> b g r s c"), "b g r s c -> b (g r) s c")
 
 
 def residual_scale(config: DecoderConfig) -> float:

@@ -9,24 +9,24 @@ Only safetensors and JSON are read, and only files that lie inside the folder. m
 folder is replaced.
 """
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.atomic import atomic_folder, readable_folder, write_atomically
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
+from moe.json_files import read_json, write_json
+from moe.tensor_files import StoredTensor, list_tensors, map_tensors
 
 __all__ = [
     "atomic_folder",
     "check_tensors",
+    "is_foreign",
     "keep_other_files",
     "load_config",
     "load_tensors",
@@ -80,33 +80,14 @@ def load_tensors(folder: str | Path, *, name: str = "model") -> dict[str, Tensor
     They are views of the files until copied. The inverse of `save_tensors`.
 
     Raises:
-        FileNotFoundError: no folder, no weights in it, or a shard is missing.
-        ValueError: a file that is truncated or not safetensors, an index that is not one, that points
-            outside the folder or names tensors that its shards lack.
+        FileNotFoundError, ValueError: as `moe.tensor_files.list_tensors`; or no folder.
     """
-    folder = readable_folder(folder)
-    single = folder / f"{name}.safetensors"
-    index = folder / f"{name}.safetensors.index.json"
-    if single.exists() or single.is_symlink():
-        return _load_file(folder, single.name)
-    if not index.exists():
-        raise FileNotFoundError(
-            f"{folder} has no {single.name} and no {index.name}. Give a folder that save_pretrained wrote; "
-            f"other weight formats (.bin, .pt) are not read, because they can run code."
-        )
-    weight_map = _weight_map(index)
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        tensors |= {
-            key: tensor for key, tensor in _load_file(folder, shard).items() if weight_map.get(key) == shard
-        }
-    absent = sorted(weight_map.keys() - tensors.keys())
-    if absent:
-        raise ValueError(f"{index} lists tensors that their files do not hold: {', '.join(absent)}.")
-    return tensors
+    return map_tensors(list_tensors(readable_folder(folder), name=name))
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:
+def check_tensors(
+    found: Mapping[str, StoredTensor | Tensor], expected: Mapping[str, Tensor], where: str | Path
+) -> None:
     """Refuse `found` unless it has exactly the names and shapes of `expected`.
 
     Raises:
@@ -124,7 +105,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
         raise ValueError(f"the tensors in {where} do not fit the model of its {CONFIG_NAME}:\n  {listing}")
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: Tensor | StoredTensor) -> str:
     return f"({' '.join(map(str, tensor.shape))})"
 
 
@@ -145,32 +126,6 @@ def _split(tensors: Mapping[str, Tensor], max_shard_bytes: float) -> list[list[s
 def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path, {"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0600, unreadable to the group
-
-
-def _load_file(folder: Path, name: str) -> dict[str, Tensor]:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder):
-        raise ValueError(
-            f"{name!r} leads outside the folder {folder}; only files inside it are read. "
-            f"Put a copy of the file there."
-        )
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: the folder is incomplete. Copy the whole folder again."
-        ) from None
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}). Copy or save it again."
-        ) from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f'{index} needs an object "weight_map" from tensor names to file names.')
-    return weight_map
 
 
 def save_config(folder: Path, config: DecoderConfig) -> None:
@@ -196,6 +151,12 @@ def load_config(folder: str | Path) -> DecoderConfig:
         return DecoderConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether `config.json` is of another library's model: it names a `model_type` that is not ours."""
+    path = readable_folder(folder) / CONFIG_NAME
+    return path.exists() and read_json(path).get("model_type", MODEL_TYPE) != MODEL_TYPE
 
 
 def keep_other_files(old: str | Path, new: Path) -> None:
@@ -225,23 +186,3 @@ def _link(source: Path, destination: Path) -> None:
         os.link(source, destination, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, destination, follow_symlinks=False)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write `data` as indented JSON, ending in a newline."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: not UTF-8, not JSON, or JSON that is no object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Copy or save it again.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}.")
-    return data

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from moe.version import __version__
 
 if TYPE_CHECKING:
+    from moe.hf.convert import Source
     from moe.train.loop import TrainResult
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+LOGITS_AGREE = 1e-4  # float32, of logits of any size that a model gives
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
@@ -49,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse a command line; overrides may stand before, between and after the options."""
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and (parsed.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (parsed.command not in ("train", "convert") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
@@ -183,16 +185,100 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, help="of the validation split; default: train.final_eval_tokens"
     )
+    parser.add_argument("--lm-eval", metavar="TASKS", help="instead: tasks of lm-eval, such as arc_easy,piqa")
+    parser.add_argument("--lm-eval-path", type=Path, metavar="FOLDER", help="a folder with tasks of your own")
+    parser.add_argument("--limit", type=int, help="documents of each task of lm-eval; default: all")
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
-    """Measure a checkpoint on held-out files; writes eval.json."""
+    """Measure a checkpoint on held-out files, or on tasks of lm-eval; writes eval.json, or lm_eval.json."""
     from moe.train.runs import evaluate_run, open_run
 
+    if arguments.lm_eval:
+        return run_lm_eval(arguments)
     run = open_run(arguments.run, checkpoint=arguments.checkpoint, device=arguments.device)
     show_evaluation(evaluate_run(run, max_tokens=arguments.tokens, log=show))
     show(f"written: {arguments.run / 'eval.json'}")
     return 0
+
+
+def run_lm_eval(arguments: argparse.Namespace) -> int:
+    """Measure a run or a model folder on tasks of lm-eval; writes lm_eval.json."""
+    from moe.doctor import table
+    from moe.train.files import write_json
+
+    try:
+        from moe.probes.lm_eval import SparseMoELM, evaluate_tasks
+    except ImportError as error:
+        way_out = "pip install '.[eval]' in a clone of the repository"
+        raise ImportError(f"--lm-eval needs the lm-eval package ({error}): {way_out}.") from error
+    model = SparseMoELM(arguments.run, checkpoint=arguments.checkpoint, device=arguments.device)
+    tasks = [task for task in arguments.lm_eval.split(",") if task]
+    results = evaluate_tasks(model, tasks, path=arguments.lm_eval_path, limit=arguments.limit)
+    rows = [(task, name, f"{value:.4f}") for task, found in results.items() for name, value in found.items()]
+    for line in table(("task", "metric", "value"), rows):
+        show(line)
+    write_json(arguments.run / "lm_eval.json", results)
+    show(f"written: {arguments.run / 'lm_eval.json'}")
+    return 0
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `convert`."""
+    parser.add_argument("source", type=Path, help="a run, a model folder, or a Hugging Face folder")
+    parser.add_argument("target", type=Path, help="a new folder, or a file for --to gguf")
+    parser.add_argument(
+        "--to",
+        choices=("hub", "packed", "model", "run", "gguf"),
+        help="default: run for a Hugging Face folder, else hub; hub, packed: Hugging Face's two layouts",
+    )
+    parser.add_argument("--checkpoint", metavar="step_00000400", help="of a run; default: the newest")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    parser.add_argument("--verify", action="store_true", help="compare logits with transformers' own")
+    parser.add_argument("--ids", help="token ids for --verify, such as 5,17,3; default: random ones")
+    parser.add_argument("overrides", nargs="*", metavar="part.key=value", help="of the training, --to run")
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Convert a model; with --verify, compare what transformers computes."""
+    import torch
+
+    from moe.hf.convert import convert, default_target, open_source
+
+    source = open_source(arguments.source, checkpoint=arguments.checkpoint)
+    kind = arguments.to or default_target(source)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    done = convert(source, arguments.target, kind, dtype=dtype, overrides=arguments.overrides)
+    show(f"{arguments.source} ({source.kind}) -> {done.target} ({done.kind}): {done.architecture}")
+    show(f"{done.tensors} tensors, all mapped")
+    for note in done.notes:
+        show(note)
+    if kind == "run":
+        show(f"train it with: sparse-moe train --out {done.target} --resume")
+    return show_comparison(arguments, source, kind) if arguments.verify else 0
+
+
+def show_comparison(arguments: argparse.Namespace, source: "Source", target: str) -> int:
+    """Compare the two ends of a conversion by their logits; 1 when they differ."""
+    import torch
+
+    from moe.hf.convert import compare, open_source, random_ids
+
+    if target in ("hub", "packed"):
+        decoder, folder = source.decoder, arguments.target
+    elif source.kind == "hugging face" and target in ("model", "run"):
+        decoder, folder = open_source(arguments.target).decoder, arguments.source
+    else:
+        raise ValueError(f"--verify: transformers reads neither end of {source.kind} -> {target}.")
+    given = [[int(word) for word in arguments.ids.split(",")]] if arguments.ids else None
+    ids = torch.tensor(given) if given else random_ids(decoder)
+    largest = compare(decoder, folder, ids, dtype=getattr(torch, arguments.dtype or "float32"))
+    verdict = "within" if largest <= LOGITS_AGREE else "MORE THAN"
+    show(
+        f"verified against transformers on {ids.numel()} ids: "
+        f"largest difference of logits {largest:.1e}, {verdict} {LOGITS_AGREE:.0e}"
+    )
+    return 0 if largest <= LOGITS_AGREE else 1
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +341,8 @@ def indent(text: str) -> str:
 COMMANDS = {
     "train": Command("train a model and leave a run folder", add_train, run_train),
     "sample": Command("text from a checkpoint", add_sample, run_sample),
-    "eval": Command("validation loss and bits per byte", add_eval, run_eval),
+    "eval": Command("validation loss and bits per byte, or tasks of lm-eval", add_eval, run_eval),
+    "convert": Command("from and to Hugging Face folders, GGUF", add_convert, run_convert),
     "bench": Command("run a benchmark of the source tree", add_bench, run_bench),
     "doctor": Command("what is installed and which backend is used", add_doctor, run_doctor),
 }

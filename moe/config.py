@@ -1,4 +1,4 @@
-"""What a layer and a decoder are made of: frozen, validated data with Hugging Face's key names.
+"""What a layer is made of: frozen, validated data with Hugging Face's key names.
 
 A config holds no device, no tensor and no callable, so it can be built, compared and written to JSON
 anywhere. Nonsense is refused when the object is made.
@@ -7,16 +7,20 @@ anywhere. Nonsense is refused when the object is made.
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, Union, cast, get_args, get_origin
 
 Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu2", "gelu"]
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore = Literal["max", "top2"]
 CapacityPolicy = Literal["score", "position"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
-LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
-LossGranularity = Literal["layer", "sequence"]
+RouterDType = DType | Literal["model"]
+WeightsDType = DType | Literal["model", "logits"]
+SharedCombination = Literal["sum", "average"]
+
+UNIONS = (UnionType, Union)
 
 GATED_ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "clamped_swiglu")
 
@@ -59,17 +63,31 @@ class MoEConfig:
     group_score: GroupScore = "top2"
     norm_topk_prob: bool = True
     norm_topk_eps: float = 0.0
+    norm_topk_min: float = 0.0  # what the sum is raised to before the division (moe_norm_min of ERNIE 4.5)
+    # False: a token's choices stand in the order in which torch.topk(sorted=False) finds them, as in
+    # DeepSeek-V3. The choices are the same; the sum that renormalises them may differ in its last bit
+    topk_sorted: bool = True
     routed_scaling_factor: float = 1.0
     router_bias: bool = False
     router_logit_softcap: float | None = None
     router_jitter_noise: float = 0.0
-    router_dtype: DType = "float32"  # logits and scores are computed in this dtype, or in that of x if wider
-    routing_weights_dtype: DType | None = None  # None: as router_dtype
+    jitter_experts: bool = False  # True: the experts read the jittered x too, as in Mixtral's block
+    # Logits, scores and weights are computed in this dtype, or in that of x if wider. "model": in the dtype
+    # that x and the router's weight have, as gpt-oss does. Under autocast the model's dtype is autocast's
+    router_dtype: RouterDType = "float32"
+    # The product x . weight alone; None: as router_dtype. "model" with router_dtype="float32" is what Mixtral
+    # and Qwen do: a product in bfloat16, then scores in float32
+    router_logits_dtype: RouterDType | None = None
+    # What the experts are given; None: as router_dtype. "model": the dtype of x (Granite, ERNIE 4.5),
+    # "logits": the dtype of the product (Qwen)
+    routing_weights_dtype: WeightsDType | None = None
 
     # Shared experts: one dense FFN of width n_shared_experts * shared_expert_intermediate_size
     n_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None  # None: as moe_intermediate_size
     shared_expert_gate: bool = False  # True: multiplied by sigmoid(x . w), as Qwen2-MoE does
+    shared_expert_activation: Activation = "swiglu"  # any but clamped_swiglu
+    shared_expert_combination: SharedCombination = "sum"  # "average": (routed + shared) / 2, as in Cohere 2
 
     # Capacity: None is dropless. It grows with the batch, so a later token can decide whether an earlier one
     # is dropped, and decoding with a cache drops other tokens than a whole forward pass does
@@ -85,7 +103,7 @@ class MoEConfig:
 
     def _check_routing(self) -> None:
         for name in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group"):
-            _require_positive(self, name)
+            require_positive(self, name)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
@@ -128,9 +146,14 @@ class MoEConfig:
                 f'activation="{self.activation}" has no gate to interleave; set is_concatenated=True.'
             )
         if self.shared_expert_intermediate_size is not None:
-            _require_positive(self, "shared_expert_intermediate_size")
+            require_positive(self, "shared_expert_intermediate_size")
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError("shared_expert_gate=True needs n_shared_experts >= 1.")
+        if self.shared_expert_activation == "clamped_swiglu":
+            raise ValueError(
+                'shared_expert_activation="clamped_swiglu": shared experts have no limit to clamp at. '
+                'Use "swiglu".'
+            )
 
     @property
     def is_gated(self) -> bool:
@@ -164,85 +187,14 @@ class MoEConfig:
             if key not in known:
                 raise ValueError(f"{cls.__name__} has no key {key!r}.{did_you_mean(key, known)}")
         try:
-            return cls(**data)
+            return cls(**{key: as_tuple(value) for key, value in data.items()})
         except TypeError as error:
             raise ValueError(f"{cls.__name__}: {error}") from None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderConfig(MoEConfig):
-    """A decoder-only transformer whose feed-forward layers are dense or MoE.
-
-    Layer i is MoE when `num_experts > 0`, i >= `first_k_dense_replace` and
-    (i + 1) % `decoder_sparse_step` == 0; otherwise it is a dense SwiGLU of width `intermediate_size`.
-
-    Raises:
-        ValueError: as MoEConfig, and heads or widths that do not fit together.
-    """
-
-    vocab_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-
-    moe_intermediate_size: int = 0
-    num_experts: int = 0  # 0: every layer is dense
-    num_experts_per_tok: int = 0
-    num_key_value_heads: int | None = None  # None: as num_attention_heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    intermediate_size: int | None = None  # dense layers; needed when there is one
-    first_k_dense_replace: int = 0
-    decoder_sparse_step: int = 1
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    use_qk_norm: bool = False
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-
-    # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
-    router_aux_loss_coef: float = 0.0
-    router_aux_loss_convention: LossConvention = "megatron"
-    router_aux_loss_granularity: LossGranularity = "layer"
-    router_z_loss_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        MoEConfig.__post_init__(self)
-        for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "kv_heads"):
-            _require_positive(self, name)
-        for name in ("decoder_sparse_step", "max_position_embeddings"):
-            _require_positive(self, name)
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
-                f"{self.num_attention_heads}; change one of them or set head_dim."
-            )
-        if self.head_size <= 0 or self.head_size % 2:
-            raise ValueError(
-                f"head_dim={self.head_size} must be positive and even: rotary embedding turns pairs."
-            )
-        if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.kv_heads}: each key head serves a whole group of query heads."
-            )
-        if self.intermediate_size is None and not all(map(self.is_moe_layer, range(self.num_hidden_layers))):
-            raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
-        if self.intermediate_size is not None:
-            _require_positive(self, "intermediate_size")
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
-
-    @property
-    def head_size(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer number `layer` (from 0) routes its feed-forward."""
-        past_dense = layer >= self.first_k_dense_replace
-        return self.num_experts > 0 and past_dense and (layer + 1) % self.decoder_sparse_step == 0
+def as_tuple(value: Any) -> Any:
+    """A list, which is what JSON has for a tuple, as one; any other value as it is."""
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
@@ -251,36 +203,43 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
-def _require_positive(config: MoEConfig, name: str) -> None:
+def require_positive(config: MoEConfig, name: str) -> None:
+    """Refuse a number below 1."""
     value = getattr(config, name)
     if value <= 0:
         raise ValueError(f"{name}={value} must be at least 1.")
 
 
-_CHOICES = {
-    "activation": Activation,
-    "scoring_func": Score,
-    "group_score": GroupScore,
-    "capacity_policy": CapacityPolicy,
-    "router_dtype": DType,
-    "router_aux_loss_convention": LossConvention,
-    "router_aux_loss_granularity": LossGranularity,
-}
-
-
 def _check_type(name: str, value: object, kind: Any) -> None:
     """Refuse a value of another type than its field's; a whole number may stand for a real one."""
-    kinds = get_args(kind) or (kind,)
-    if value is None and type(None) in kinds:
+    options = get_args(kind) if get_origin(kind) in UNIONS else (kind,)
+    if value is None and NoneType in options:
         return
-    if bool in kinds and not isinstance(value, bool):
+    kind, words = options[0], _words(kind)
+    if words and value not in words:
+        raise ValueError(f"{name}={value!r} must be one of {words}.")
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            raise ValueError(f"{name}={value!r} must be a list.")
+        for item in cast("tuple[object, ...]", value):
+            _check_type(name, item, get_args(kind)[0])
+    if isinstance(kind, type) and is_dataclass(kind) and not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r} must be a table of {kind.__name__} keys.")
+    if kind is bool and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be true or false.")
-    if int in kinds and (not isinstance(value, int) or isinstance(value, bool)):
+    if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise ValueError(f"{name}={value!r} must be a whole number.")
-    if float in kinds and (
+    if kind is float and (
         not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)
     ):
         raise ValueError(f"{name}={value!r} must be a finite number.")
+
+
+def _words(kind: Any) -> list[str]:
+    """The words of a Literal, or of the Literals in a union; none for any other type."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [word for part in get_args(kind) for word in _words(part)] if get_origin(kind) in UNIONS else []
 
 
 def _check_fields(config: MoEConfig) -> None:
@@ -290,11 +249,3 @@ def _check_fields(config: MoEConfig) -> None:
         _check_type(field.name, value, field.type)
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{field.name}={value} must not be negative.")
-        if field.name in _CHOICES and value not in get_args(_CHOICES[field.name]):
-            choices = list(get_args(_CHOICES[field.name]))
-            raise ValueError(f"{field.name}={value!r} must be one of {choices}.")
-    if config.routing_weights_dtype not in (None, *get_args(DType)):
-        raise ValueError(
-            f"routing_weights_dtype={config.routing_weights_dtype!r} must be None or one of "
-            f"{list(get_args(DType))}."
-        )

@@ -9,7 +9,7 @@ Axes: b batch, s sequence, t = b * s tokens, d model width, v vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, Unpack, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +17,35 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.attention import GroupedQueryAttention, KVCache, RMSNorm, Rotation, Sight, residual_scale
+from moe.attention import GroupedQueryAttention, RMSNorm, Sight, residual_scale
 from moe.checkpoint import (
     MAX_SHARD_BYTES,
     atomic_folder,
     check_tensors,
+    is_foreign,
     keep_other_files,
     load_config,
-    load_tensors,
+    readable_folder,
     save_config,
     save_tensors,
 )
-from moe.config import DecoderConfig
 from moe.cross_entropy import IGNORED, linear_cross_entropy
+from moe.decoder_config import DecoderConfig
 from moe.feed_forward import Projection, SwiGLU
 from moe.generate import Options, generate
+from moe.kv_cache import KVCache
+from moe.latent_attention import LatentAttention
 from moe.layer import MoE
 from moe.losses import load_balancing_loss, router_z_loss
 from moe.ops.choose import Backend
 from moe.plan import RoutingPlan
+from moe.rotary import Rotation
 from moe.routing import Routing
+from moe.tensor_files import TensorReader, list_tensors
+
+if TYPE_CHECKING:
+    from moe.hf.checkpoint import Origin
+    from moe.hf.tensor_names import Layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,30 +92,39 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, *, backend: Backend = "auto") -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GroupedQueryAttention(config, layer)
+        self.self_attn = (
+            GroupedQueryAttention(config, layer)
+            if config.kv_lora_rank is None
+            else LatentAttention(config, layer)
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = (
             MoE(config, backend=backend, output_scale=residual_scale(config))
             if config.is_moe_layer(layer)
             else _dense_mlp(config)
         )
+        self.residual_multiplier = config.residual_multiplier
 
     def forward(
         self, x: Tensor, sight: Sight, rotation: Rotation, mask: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Routing | None, RoutingPlan | None]:
         """x (b s d) -> x (b s d), and routing and plan where the feed-forward is sparse."""
-        x = x + self.self_attn(self.input_layernorm(x), sight, rotation, cache)
+        x = self._add(x, self.self_attn(self.input_layernorm(x), sight, rotation, cache))
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, SwiGLU):
-            return x + self.mlp(normed), None, None
+            return self._add(x, self.mlp(normed)), None, None
         output = self.mlp(normed, mask)
-        return x + output.y, output.routing, output.plan
+        return self._add(x, output.y), output.routing, output.plan
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.residual_multiplier == 1 else x + self.residual_multiplier * y
 
 
 def _dense_mlp(config: DecoderConfig) -> SwiGLU:
     width = cast(int, config.intermediate_size)  # DecoderConfig refuses a dense layer without it
     std = config.initializer_range
-    return SwiGLU(config.hidden_size, width, std=std, output_std=std * residual_scale(config))
+    output_std = std * residual_scale(config)
+    return SwiGLU(config.hidden_size, width, std=std, output_std=output_std, bias=config.mlp_bias)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -145,11 +163,16 @@ class Backbone(nn.Module):
     ) -> Hidden:
         """ids (b s), mask (b s) -> Hidden; the cache, if any, is extended by s tokens."""
         x = self.embed_tokens(ids)
-        sight = Sight.causal((ids.shape[0], ids.shape[1]), ids.device, mask, cache)
-        rotation = Rotation.at(sight.positions, self.config.head_size, self.config.rope_theta, x.dtype)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
+        windows = [self.config.window(layer) for layer in range(len(self.layers))]
+        shape = (ids.shape[0], ids.shape[1])
+        sights = {window: Sight.causal(shape, ids.device, mask, cache, window) for window in set(windows)}
+        rotation = self._rotation(sights[windows[0]].positions, x.dtype)
         routings: list[Routing] = []
         plans: list[RoutingPlan] = []
-        for block in self.layers:
+        for block, window in zip(self.layers, windows, strict=True):
+            sight = sights[window]
             if checkpoint_blocks:
                 x, routing, plan = checkpoint(block, x, sight, rotation, mask, cache, use_reentrant=False)
             else:
@@ -160,6 +183,18 @@ class Backbone(nn.Module):
         if cache is not None:
             cache.advance(ids.shape[1], mask)
         return Hidden(self.norm(x), tuple(routings), tuple(plans))
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        config = self.config
+        return Rotation.at(
+            positions,
+            config.rotary_size,
+            config.rope_theta,
+            dtype,
+            scaling=config.rope_scaling,
+            max_position_embeddings=config.max_position_embeddings,
+            interleaved=config.rope_interleave,
+        )
 
 
 class Decoder(nn.Module):
@@ -187,6 +222,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = checkpoint_blocks
+        self.origin: Origin | None = None  # the Hugging Face folder that it was read from
         self.model = Backbone(config, backend=backend)
         self.lm_head = (
             None
@@ -228,7 +264,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (... d) -> (... v)."""
-        return F.linear(hidden, self.head_weight)
+        return F.linear(self._scaled(hidden), self.head_weight)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """hidden / logits_scaling, which is to say the logits divided by it."""
+        return hidden if self.config.logits_scaling == 1 else hidden / self.config.logits_scaling
 
     def loss(
         self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None, chunk_tokens: int | None = None
@@ -248,7 +288,7 @@ class Decoder(nn.Module):
         _check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
         hidden = self.hidden(ids, mask=mask)
         cross_entropy = linear_cross_entropy(
-            rearrange(hidden.states, "b s d -> (b s) d"),
+            rearrange(self._scaled(hidden.states), "b s d -> (b s) d"),
             self.head_weight,
             rearrange(targets, "b s -> (b s)"),
             chunk_tokens=chunk_tokens,
@@ -278,15 +318,31 @@ class Decoder(nn.Module):
         """Prompt and continuation, (b s + new tokens); see `moe.generate.generate`."""
         return generate(self, ids, **options)
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: float = MAX_SHARD_BYTES) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        layout: "Layout | None" = None,
+        max_shard_bytes: float = MAX_SHARD_BYTES,
+    ) -> None:
         """Write config and weights; the folder is the old one or the new one at any moment (moe/atomic.py).
 
         Tied weights are stored once. Other files in the folder (a tokenizer) stay.
 
+        layout  None: as the decoder was read, to the byte, or in a layout of our own when it was made here.
+                "hub": as transformers writes the architecture, "packed": as transformers holds it in memory,
+                with all experts of a layer in one tensor; of the architecture that the decoder was read from,
+                or of one that computes the same. Weights that were stored in 4 bits are written in 16.
+
         Raises:
-            ValueError: the folder holds subfolders.
+            ValueError: the folder holds subfolders, or no architecture computes what this decoder does.
             OSError: no space left on disk, or another failure of the file system; the old folder is intact.
         """
+        if layout is not None or self.origin is not None:
+            from moe.hf.checkpoint import save_decoder
+
+            save_decoder(folder, self, layout=layout, max_shard_bytes=max_shard_bytes)
+            return
         with atomic_folder(folder) as temporary:
             keep_other_files(folder, temporary)
             save_config(temporary, self.config)
@@ -300,18 +356,26 @@ class Decoder(nn.Module):
         backend: Backend = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Self:
-        """Read what `save_pretrained` wrote, in evaluation mode. `dtype` None keeps the stored one.
+    ) -> "Decoder":
+        """Read what `save_pretrained` wrote, or a Hugging Face folder, in evaluation mode.
+
+        `dtype` None keeps the stored ones. Experts of a Hugging Face folder are read one by one into place,
+        in any layout, so that memory is little more than the model's; `moe.hf.families` lists the families.
 
         Raises:
             FileNotFoundError: no config or no weights.
-            ValueError: an unknown config key, a damaged file, or tensors that do not fit the config.
+            ValueError: a config that is not known here, a damaged file, tensors that do not fit the config.
         """
+        if is_foreign(folder):
+            from moe.hf.checkpoint import load_decoder
+
+            return load_decoder(folder, backend=backend, dtype=dtype, device=device)
         with torch.device("meta"):
             decoder = cls(load_config(folder), backend=backend)
-        stored = load_tensors(folder)
+        stored = list_tensors(readable_folder(folder))
         check_tensors(stored, decoder.state_dict(), folder)
-        tensors = {name: tensor.to(device or "cpu", copy=True) for name, tensor in stored.items()}
+        with TensorReader() as reader:
+            tensors = {name: reader.load(tensor).to(device or "cpu") for name, tensor in stored.items()}
         decoder.load_state_dict(tensors, assign=True)
         return decoder.to(dtype).eval() if dtype else decoder.eval()
 

@@ -17,6 +17,8 @@ EXTRAS = {
     "matplotlib": "figures: pip install '.[train]' in a clone of the repository",
     "tensorboard": "live curves: pip install '.[track]' in a clone of the repository",
     "transformers": "Hugging Face models: pip install '.[hf]' in a clone of the repository",
+    "gguf": "files for llama.cpp: pip install '.[hf]' in a clone of the repository",
+    "lm_eval": "tasks of lm-eval: pip install '.[eval]' in a clone of the repository",
 }
 
 

@@ -61,11 +61,22 @@ class Experts(nn.Module):
                 nn.init.normal_(parameter, std=std * self.output_scale if name == "down_proj" else std)
 
     def forward(self, x: Tensor, weights: Tensor, plan: RoutingPlan) -> Tensor:
-        """x (t d), weights (t k) -> (t d). Under autocast the products run in its dtype."""
+        """x (t d), weights (t k) -> (t d). Under autocast the products run in its dtype.
+
+        Raises:
+            ValueError: x has another dtype than the weights, or as `experts_ffn`.
+            RuntimeError: the requested backend cannot run here, or cannot be batch_invariant.
+        """
         config = self.config
         up_proj, down_proj = getattr(self, self.up_name), self.down_proj  # read once: PEFT swaps them here
         up_bias, down_bias = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
-        if (dtype := autocast_dtype(x.device)) is not None:
+        dtype = autocast_dtype(x.device)
+        if dtype is None and x.dtype != down_proj.dtype:
+            raise ValueError(
+                f"x is {x.dtype}, but the layer is {down_proj.dtype}: "
+                f"cast one of them, or run under torch.autocast."
+            )
+        if dtype is not None:
             x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
             up_bias = None if up_bias is None else up_bias.to(dtype)
             down_bias = None if down_bias is None else down_bias.to(dtype)

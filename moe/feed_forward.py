@@ -5,25 +5,27 @@ from torch import Tensor, nn
 
 
 class Projection(nn.Linear):
-    """A linear layer without bias, drawn once from N(0, std²)."""
+    """A linear layer, by default without bias, drawn once from N(0, std²); a bias starts at 0."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float) -> None:
+    def __init__(self, inputs: int, outputs: int, *, std: float, bias: bool = False) -> None:
         self.std = std  # reset_parameters, which nn.Linear calls, reads it
-        super().__init__(inputs, outputs, bias=False)
+        super().__init__(inputs, outputs, bias=bias)
 
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
         nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (2002.05202), of width h; down is drawn with `output_std`."""
 
-    def __init__(self, d: int, h: int, *, std: float, output_std: float) -> None:
+    def __init__(self, d: int, h: int, *, std: float, output_std: float, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = Projection(d, h, std=std)
-        self.up_proj = Projection(d, h, std=std)
-        self.down_proj = Projection(h, d, std=output_std)
+        self.gate_proj = Projection(d, h, std=std, bias=bias)
+        self.up_proj = Projection(d, h, std=std, bias=bias)
+        self.down_proj = Projection(h, d, std=output_std, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (... d) -> (... d)."""

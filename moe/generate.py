@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from moe.attention import KVCache
+from moe.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from moe.decoder import Decoder

@@ -24,7 +24,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from moe.config import LossConvention
+from moe.decoder_config import LossConvention
 from moe.routing import Routing, count_experts
 
 Granularity = Literal["layer", "sequence"]

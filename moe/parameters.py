@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,9 @@ class ParameterCount:
 def count_parameters(config: DecoderConfig) -> ParameterCount:
     """Count without building the model; the selection bias is a buffer and does not count.
 
-    attention   2 d n c + 2 d g c, and 2 c with q/k norm
-    dense       3 d f                                     f = intermediate_size
+    attention   2 d n c + 2 d g c; norms, biases and sinks where the config has them
+    latent      queries, d (r + c'') for latents, r n (c' + v) for keys and values, n v d
+    dense       3 d f, and 2 f + d with biases            f = intermediate_size
     expert      3 d h when gated, else 2 d h; with biases 2 h + d or h + d more
     shared      3 d h', and d with a gate                 h' = config.shared_width
     router      e d, and e with a bias
@@ -43,7 +44,7 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
     embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
     router = sparse * _router(config)
     everywhere = layers * (_attention(config) + 2 * d) + d
-    dense = (layers - sparse) * 3 * d * (config.intermediate_size or 0)
+    dense = (layers - sparse) * _dense(config)
     common = everywhere + dense + router + sparse * _shared(config)
     total = common + sparse * config.num_experts * _expert(config)
     active = common + sparse * config.num_experts_per_tok * _expert(config)
@@ -56,7 +57,8 @@ def flops_per_token(config: DecoderConfig, sequence: int) -> float:
     2 per weight of every matrix a token is multiplied with: attention, router, k experts, shared experts,
     dense layers and the head (v d, tied or not). The embedding is a look-up and costs nothing; norms,
     activations, softmax and biases are left out (below 1 %).
-    4 n c a layer per key seen, for q k^T and the sum of values; a token sees (sequence + 1) / 2 on average.
+    4 n c a layer per key seen, for q k^T and the sum of values; a token sees (sequence + 1) / 2 on average,
+    fewer in a sliding window. Latents make keys and values once a token, as in training.
 
     The backward pass takes two products for each one of the forward pass, hence the 3. Total parameters do
     not appear: at fixed k, experts are free.
@@ -68,21 +70,56 @@ def flops_per_token(config: DecoderConfig, sequence: int) -> float:
         raise ValueError(f"sequence={sequence} must be at least 1.")
     d, layers = config.hidden_size, config.num_hidden_layers
     sparse = sum(map(config.is_moe_layer, range(layers)))
-    heads = config.num_attention_heads * config.head_size
+    values = config.head_size if config.kv_lora_rank is None else config.v_head_dim
+    mixed = config.num_attention_heads * (config.head_size + values)  # channels of q k^T, and of its values
     routed = config.num_experts * d + config.num_experts_per_tok * _expert_matrices(config) + _shared(config)
     matrices = (
-        layers * 2 * d * (heads + config.kv_heads * config.head_size)
+        layers * _attention_matrices(config)
         + (layers - sparse) * 3 * d * (config.intermediate_size or 0)
         + sparse * routed
         + config.vocab_size * d
     )
-    return 2.0 * matrices + layers * 4 * heads * (sequence + 1) / 2
+    keys = sum(_keys_seen(config.window(layer), sequence) for layer in range(layers))
+    return 2.0 * matrices + 2 * mixed * keys
+
+
+def _keys_seen(window: int | None, sequence: int) -> float:
+    """Keys that a token of a causal sequence sees on average; `window` of them at most."""
+    reach = sequence if window is None else min(window, sequence)
+    return (reach * (reach + 1) / 2 + (sequence - reach) * reach) / sequence
+
+
+def _attention_matrices(config: DecoderConfig) -> int:
+    d, n, c = config.hidden_size, config.num_attention_heads, config.head_size
+    if config.kv_lora_rank is None:
+        return 2 * d * c * (n + config.kv_heads)
+    queries = d * n * c if config.q_lora_rank is None else config.q_lora_rank * (d + n * c)
+    latents = d * (config.kv_lora_rank + config.qk_rope_head_dim)
+    heads = config.kv_lora_rank * n * (config.qk_nope_head_dim + config.v_head_dim)
+    return queries + latents + heads + n * config.v_head_dim * d
 
 
 def _attention(config: DecoderConfig) -> int:
-    c = config.head_size
-    norms = 2 * c if config.use_qk_norm else 0
-    return 2 * config.hidden_size * c * (config.num_attention_heads + config.kv_heads) + norms
+    d, n, g, c = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_size
+    if config.kv_lora_rank is None:
+        biases = n * c + 2 * g * c
+        norms = (n + g if config.qk_norm == "full" else 2) * c if config.use_qk_norm else 0
+    else:
+        compressed = config.q_lora_rank or 0
+        biases = compressed + config.kv_lora_rank + config.qk_rope_head_dim
+        norms = compressed + config.kv_lora_rank
+    return (
+        _attention_matrices(config)
+        + norms
+        + (biases if config.attention_bias else 0)
+        + (d if config.attention_output_bias else 0)
+        + (n if config.attention_sinks else 0)
+    )
+
+
+def _dense(config: DecoderConfig) -> int:
+    width = config.intermediate_size or 0
+    return 3 * config.hidden_size * width + (2 * width + config.hidden_size if config.mlp_bias else 0)
 
 
 def _expert_matrices(config: DecoderConfig) -> int:

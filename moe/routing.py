@@ -17,7 +17,8 @@ from moe.config import MoEConfig
 class Routing:
     """What a router decided. Gradients flow through logits, scores and weights.
 
-    logits   (t e)  router output (with its bias and soft-cap, without the selection bias)
+    logits   (t e)  router output (with its bias and soft-cap, without the selection bias), as multiplied:
+                    with router_logits_dtype="model" in the model's dtype
     scores   (t e)  the score function of the logits, over all experts
     experts  (t k)  chosen experts, int64; the id e marks the pairs of a padding token
     weights  (t k)  how much each choice counts; 0 at padding
@@ -51,6 +52,11 @@ def count_experts(experts: Tensor, num_experts: int) -> Tensor:
     return ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[:num_experts]
 
 
+def jitter(x: Tensor, noise: float) -> Tensor:
+    """x times a number drawn for each element from [1 - noise, 1 + noise) (Switch, 2101.03961)."""
+    return x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
+
+
 class Router(nn.Module):
     """Linear router with the options of `MoEConfig`; ROUTERS in the README says which model is which.
 
@@ -61,8 +67,8 @@ class Router(nn.Module):
        renormalised to sum 1, times `routed_scaling_factor`
 
     Sources: Switch 2101.03961 (softmax), DeepSeek-V3 2412.19437 (sigmoid, groups), 2408.15664 (selection
-    bias), DeepSeek-V4 (sqrt-softplus), gpt-oss (top-k first). Input jitter multiplies what the router sees,
-    never what the experts see.
+    bias), DeepSeek-V4 (sqrt-softplus), gpt-oss (top-k first). Input jitter multiplies what the router sees;
+    with `jitter_experts` the layer has already done it, for the experts as well.
 
     weight  (e d)
     bias    (e), when `router_bias`
@@ -94,35 +100,44 @@ class Router(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route x (t d). mask (t) is True at real tokens; the others get no expert."""
         x = x if mask is None else x.masked_fill(~mask[:, None], 0)
-        if autocast_dtype(x.device) is None:
-            return self._route(x, mask)
+        dtype = autocast_dtype(x.device)
+        if dtype is None:
+            return self._route(x, torch.promote_types(x.dtype, self.weight.dtype), mask)
         with torch.autocast(x.device.type, enabled=False):
-            return self._route(x, mask)
+            return self._route(x, dtype, mask)
 
-    def _route(self, x: Tensor, mask: Tensor | None) -> Routing:
-        logits = self._logits(x)
+    def _route(self, x: Tensor, model_dtype: torch.dtype, mask: Tensor | None) -> Routing:
+        logits = self._logits(x, model_dtype)
         scores = self._score(logits)
         experts = self._choose(logits if self.config.topk_before_score else scores)
-        weights = self._weigh(logits, scores, experts)
+        weights = self._weigh(x, logits, scores, experts)
         if mask is not None:
             experts = experts.masked_fill(~mask[:, None], self.config.num_experts)
             weights = weights.masked_fill(~mask[:, None], 0)
         return Routing(logits, scores, experts, weights, mask)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, model_dtype: torch.dtype) -> Tensor:
         config = self.config
-        if self.training and config.router_jitter_noise:
-            x = x * torch.empty_like(x).uniform_(
-                1 - config.router_jitter_noise, 1 + config.router_jitter_noise
-            )
-        dtype = torch.promote_types(x.dtype, getattr(torch, config.router_dtype))
+        if self.training and config.router_jitter_noise and not config.jitter_experts:
+            x = jitter(x, config.router_jitter_noise)
+        name = config.router_logits_dtype or config.router_dtype
+        dtype = model_dtype if name == "model" else torch.promote_types(x.dtype, getattr(torch, name))
         bias = None if self.bias is None else self.bias.to(dtype)
         logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
         if config.router_logit_softcap is not None:
-            logits = config.router_logit_softcap * torch.tanh(logits / config.router_logit_softcap)
+            capped = torch.tanh(self._as_router(logits) / config.router_logit_softcap)
+            logits = config.router_logit_softcap * capped
         return logits
 
+    def _as_router(self, logits: Tensor) -> Tensor:
+        """Logits in the dtype of the scores, which no narrower `router_dtype` rounds."""
+        name = self.config.router_dtype
+        if name == "model":
+            return logits
+        return logits.to(torch.promote_types(logits.dtype, getattr(torch, name)))
+
     def _score(self, logits: Tensor) -> Tensor:
+        logits = self._as_router(logits)
         if self.config.scoring_func == "softmax":
             return logits.softmax(-1)
         if self.config.scoring_func == "sigmoid":
@@ -137,7 +152,8 @@ class Router(nn.Module):
             preference = preference + self.e_score_correction_bias
         if self.config.n_group > 1:
             preference = self._keep_best_groups(preference)
-        return preference.topk(self.config.num_experts_per_tok, dim=-1).indices
+        config = self.config
+        return preference.topk(config.num_experts_per_tok, dim=-1, sorted=config.topk_sorted).indices
 
     def _keep_best_groups(self, preference: Tensor) -> Tensor:
         """-inf everywhere but in the `topk_group` best groups; 0 would win over a negative preference."""
@@ -149,7 +165,7 @@ class Router(nn.Module):
         is_kept = repeat(is_kept, "t g -> t (g m)", m=groups.shape[-1])
         return preference.masked_fill(~is_kept, -torch.inf)
 
-    def _weigh(self, logits: Tensor, scores: Tensor, experts: Tensor) -> Tensor:
+    def _weigh(self, x: Tensor, logits: Tensor, scores: Tensor, experts: Tensor) -> Tensor:
         config = self.config
         if config.topk_before_score:
             weights = self._score(logits.gather(1, experts))
@@ -157,11 +173,13 @@ class Router(nn.Module):
             weights = scores.gather(1, experts)
         if config.norm_topk_prob and not (config.topk_before_score and config.scoring_func == "softmax"):
             total = weights.sum(-1, keepdim=True) + config.norm_topk_eps
-            weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)
+            weights = weights / total.clamp(min=max(torch.finfo(total.dtype).tiny, config.norm_topk_min))
         if config.routed_scaling_factor != 1.0:
             weights = weights * config.routed_scaling_factor
         dtype = config.routing_weights_dtype
-        return weights if dtype is None else weights.to(getattr(torch, dtype))
+        if dtype is None:
+            return weights
+        return weights.to({"model": x.dtype, "logits": logits.dtype}.get(dtype) or getattr(torch, dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast as any module; the selection bias stays float32: bfloat16 would swallow its steps."""

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.attention import GroupedQueryAttention, KVCache, RMSNorm, Rotation, Sight, attend
-from moe.config import DecoderConfig
+from moe.attention import GroupedQueryAttention, RMSNorm, Sight, attend
+from moe.decoder_config import DecoderConfig
+from moe.kv_cache import KVCache
+from moe.rotary import Rotation
 
 
 def config(**changes) -> DecoderConfig:

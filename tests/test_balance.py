@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_same, fill, tiny_config
 
-from moe.balance import update_selection_bias
+from moe.balance import add_selection_bias, update_selection_bias
 from moe.losses import max_violation
 from moe.routing import Router
 
@@ -106,6 +106,24 @@ def test_repeated_updates_even_out_a_skewed_router(score):
 def test_a_router_without_a_selection_bias_is_refused():
     with pytest.raises(ValueError, match="use_selection_bias"):
         update_selection_bias(Router(tiny_config()), torch.ones(8))
+
+
+def test_an_added_selection_bias_is_zero_float32_and_can_be_moved():
+    router = Router(tiny_config()).bfloat16()
+    x = torch.randn(20, 12).bfloat16()
+    before = router(x)
+    add_selection_bias(router)
+    after = router(x)
+    assert torch.equal(after.experts, before.experts) and torch.equal(after.weights, before.weights)
+    assert router.e_score_correction_bias.dtype == torch.float32
+    assert router.config.use_selection_bias and "e_score_correction_bias" in router.state_dict()
+    update_selection_bias(router, torch.arange(8), rate=10.0)
+    assert set(router(x).experts.unique().tolist()) <= {0, 1, 2, 3}
+
+
+def test_a_second_selection_bias_is_refused():
+    with pytest.raises(ValueError, match="already"):
+        add_selection_bias(make_router())
 
 
 def test_counts_of_another_size_are_refused():

@@ -49,6 +49,17 @@ NONSENSE = {
         {"shared_expert_gate": True},
         r"shared_expert_gate=True .*n_shared_experts",
     ),
+    "a clamp of shared experts": (
+        {"shared_expert_activation": "clamped_swiglu"},
+        r'shared_expert_activation="clamped_swiglu".*"swiglu"',
+    ),
+    "unknown way to combine": (
+        {"shared_expert_combination": "mean"},
+        r"shared_expert_combination='mean' .*'sum'.*'average'",
+    ),
+    "unknown logits dtype": ({"router_logits_dtype": "logits"}, r"router_logits_dtype='logits' .*'model'"),
+    "no router dtype": ({"router_dtype": None}, r"router_dtype=None must be one of"),
+    "negative floor": ({"norm_topk_min": -1.0}, r"norm_topk_min=-1.0 must not be negative"),
     "unknown activation": ({"activation": "swish"}, r"activation='swish' .*'swiglu'.*'gelu'"),
     "unknown score": (
         {"scoring_func": "relu"},

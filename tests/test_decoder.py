@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.attention import KVCache
-from moe.config import DecoderConfig
 from moe.cross_entropy import linear_cross_entropy, loss_and_gradients
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
+from moe.kv_cache import KVCache
 from moe.losses import load_balancing_loss, router_z_loss
 
 SIZES = {

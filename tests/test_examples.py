@@ -20,6 +20,14 @@ SHOWS = {
         lambda a, b: int(a) > 3 * float(b),
     ),
     "05_compare_backends.py": (r"the backends agree: (True)", bool),
+    "07_olmoe_with_our_layers.py": (
+        r"balancing loss: ([\d.]+) -> ([\d.]+)",
+        lambda a, b: float(b) < 0.7 * float(a),
+    ),
+    "08_qwen3_moe_balanced_by_a_bias.py": (
+        r"bias alone: ([\d.]+) -> ([\d.]+)",
+        lambda a, b: float(b) < 0.5 * float(a),
+    ),
     "06_kernels_alone.py": (r"difference from the definition (\S+) of", lambda error: float(error) < 1e-2),
 }
 
@@ -30,6 +38,8 @@ def test_every_example_is_listed_here():
 
 @pytest.mark.parametrize("name", sorted(SHOWS))
 def test_an_example_shows_what_it_promises(name, tmp_path):
+    if "transformers" in (EXAMPLES / name).read_text(encoding="utf-8"):
+        pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, EXAMPLES / name],
         cwd=tmp_path,
@@ -43,6 +53,20 @@ def test_an_example_shows_what_it_promises(name, tmp_path):
     found = re.search(pattern, done.stdout)
     assert found, f"{pattern!r} is not in:\n{done.stdout}"
     assert holds(*found.groups()), found.group()
+
+
+@pytest.mark.parametrize("name", ["07_olmoe_with_our_layers.py", "08_qwen3_moe_balanced_by_a_bias.py"])
+def test_an_example_that_needs_transformers_says_so_without_it(name, tmp_path):
+    hide = "import sys, runpy; sys.modules['transformers'] = None; runpy.run_path(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", hide, EXAMPLES / name],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "skipped: this example needs transformers" in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(SHOWS))

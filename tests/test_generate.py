@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.config import DecoderConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 from moe.generate import STOPPED, keep_min_p, keep_top_k, keep_top_p, stream
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

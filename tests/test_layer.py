@@ -37,6 +37,12 @@ FEATURES = {
     "no gate": {"activation": "relu2", "expert_bias": True},
     "shared experts": {"n_shared_experts": 2, "shared_expert_intermediate_size": 5},
     "gated shared expert": {"n_shared_experts": 1, "shared_expert_gate": True, "activation": "geglu"},
+    "shared expert without a gate": {"n_shared_experts": 1, "shared_expert_activation": "relu2"},
+    "average with shared experts": {
+        "n_shared_experts": 2,
+        "shared_expert_combination": "average",
+        "shared_expert_activation": "geglu",
+    },
     "one expert a token": {"num_experts_per_tok": 1, "norm_topk_prob": False},
     "every expert": {"num_experts_per_tok": 8},
     "weights on the input": {"apply_router_weight_on_input": True, "expert_bias": True},
@@ -90,10 +96,13 @@ def by_definition(layer, x, routing, experts=None):
         shared = {
             name.removeprefix("shared_expert."): p for name, p in parameters.items() if "shared" in name
         }
-        hidden = F.silu(x @ shared["gate_proj.weight"].T) * (x @ shared["up_proj.weight"].T)
+        pre = x @ shared["up_proj.weight"].T
+        if "gate_proj.weight" in shared:
+            pre = torch.cat([x @ shared["gate_proj.weight"].T, pre], dim=-1)
+        hidden = activate_by_hand(pre, config.shared_expert_activation)
         dense = hidden @ shared["down_proj.weight"].T
         y = y + (torch.sigmoid(x @ shared["gate.weight"].T) * dense if config.shared_expert_gate else dense)
-    return y
+    return y / 2 if config.n_shared_experts and config.shared_expert_combination == "average" else y
 
 
 def value_and_gradients(layer, x, y, upstream=None):
@@ -382,6 +391,20 @@ STATE = {
 def test_the_state_dict_has_these_keys_and_shapes(feature):
     state = make_layer(**FEATURES[feature]).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == STATE[feature]
+
+
+def test_jitter_reaches_router_and_experts_alike_and_only_in_training():
+    layer = make_layer(router_jitter_noise=0.1, jitter_experts=True)
+    x = inputs()
+    torch.manual_seed(3)
+    noise = torch.empty_like(x).uniform_(0.9, 1.1)
+    torch.manual_seed(3)
+    ours = layer.train()(x)
+    calm = layer.eval()
+    assert_same(ours.y, calm(noise * x).y)
+    assert_same(ours.routing.logits, calm(noise * x).routing.logits)
+    assert (ours.y - calm(x).y).abs().max() > 1e-3
+    assert torch.equal(x, inputs()), "the caller's tensor was changed"
 
 
 def test_shared_experts_are_one_ffn_of_their_joint_width():

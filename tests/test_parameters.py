@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config import DecoderConfig
 from moe.decoder import Decoder
+from moe.decoder_config import DecoderConfig
 from moe.parameters import count_parameters, flops_per_token
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -386,6 +386,62 @@ def test_autocast_leaves_the_router_in_its_own_dtype():
     assert torch.equal(cast.experts, plain.experts)
 
 
+@pytest.mark.parametrize("scores", ["float32", "model"])
+def test_the_product_alone_can_run_in_the_dtype_of_the_model(scores):
+    router = make_router(router_dtype=scores, router_logits_dtype="model").bfloat16()
+    x = inputs().bfloat16()
+    routing = router(x)
+    z = F.linear(x, router.weight)
+    p = z.softmax(-1) if scores == "model" else z.float().softmax(-1)
+    assert routing.logits.dtype == torch.bfloat16
+    assert (
+        routing.scores.dtype
+        == routing.weights.dtype
+        == (torch.bfloat16 if scores == "model" else torch.float32)
+    )
+    assert torch.equal(routing.logits, z) and torch.equal(routing.scores, p)
+    experts, w = take(p, p, 2)
+    assert torch.equal(routing.experts, experts) and torch.equal(routing.weights, normalised(w))
+
+
+def test_the_dtype_of_the_model_is_the_wider_of_input_and_weight_or_that_of_autocast():
+    router = make_router(router_dtype="model")
+    assert router(inputs().bfloat16()).logits.dtype == torch.float32
+    assert router.bfloat16()(inputs()).logits.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert router.float()(inputs()).scores.dtype == torch.bfloat16
+
+
+def test_weights_come_in_the_dtype_of_the_input_or_of_the_logits():
+    x = inputs().bfloat16()
+    wide = {"router_dtype": "float64", "router_logits_dtype": "float32"}
+    for name, dtype in {"model": torch.bfloat16, "logits": torch.float32, None: torch.float64}.items():
+        weights = make_router(routing_weights_dtype=name, **wide)(x).weights
+        assert weights.dtype == dtype
+        assert torch.equal(weights, make_router(**wide)(x).weights.to(dtype))
+
+
+def test_the_sum_that_renormalises_is_raised_to_the_floor():
+    x = inputs()
+    plain, floored = make_router(norm_topk_prob=False)(x), make_router(norm_topk_min=0.9)(x)
+    total = plain.weights.sum(-1, keepdim=True)
+    assert (total < 0.9).any() and (total > 0.9).any()
+    assert_same(floored.weights, plain.weights / total.clamp(min=0.9))
+
+
+def test_unsorted_choices_are_the_same_choices():
+    x = inputs(500)
+    ours, theirs = (
+        make_router(num_experts_per_tok=5, topk_sorted=False)(x),
+        make_router(num_experts_per_tok=5)(x),
+    )
+    assert torch.equal(ours.experts, ours.scores.topk(5, sorted=False).indices)
+    for one, other in zip(
+        by_id(ours.experts, ours.weights), by_id(theirs.experts, theirs.weights), strict=True
+    ):
+        assert_same(one, other)
+
+
 # Jitter
 
 
@@ -399,6 +455,11 @@ def test_jitter_scales_each_input_by_at_most_epsilon_and_only_in_training():
     assert len(ratio.unique()) > 0.9 * ratio.numel()
     assert abs(ratio.mean() - 1) < 0.02
     assert torch.equal(x, inputs()), "the caller's tensor was changed"
+
+
+def test_jitter_of_the_experts_is_left_to_the_layer():
+    router = make_router(router_jitter_noise=0.1, jitter_experts=True)
+    assert torch.equal(router.train()(inputs()).logits, router.eval()(inputs()).logits)
 
 
 def test_without_jitter_training_and_evaluation_route_alike():

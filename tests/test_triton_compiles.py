@@ -4,6 +4,9 @@ No GPU is needed, and the interpreter must be off: it takes the place of what is
 """
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -11,17 +14,20 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import compiled, sass
 from benchmarks.compiled_report import complaints, examine, has_tools, resident
-from benchmarks.launch_cases import SMALL, calls, collect, covers, layer, layers, meta, sizes
+from benchmarks.launch_cases import SMALL, calls, collect, covers, layer, layers, level_one, meta, sizes
 from benchmarks.launches import TARGETS, describe, recorded
 from benchmarks.shapes import SHAPES
-from moe_triton.config import TABLES, Config, override, read_table
-from moe_triton.launch import INTERPRETED, pretend
+from moe_triton import grouped_linear
+from moe_triton.config import PASSES, RELATIVES, TABLES, Config, choose_config, override, read_table
+from moe_triton.launch import INTERPRETED, Target, pretend
+from moe_triton.routing import sort_pairs
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: interpreted kernels do not compile")
 needs_tools = pytest.mark.skipif(not has_tools(), reason="this Triton has no ptxas, cuobjdump and nvdisasm")
@@ -64,6 +70,28 @@ def test_the_calls_reach_every_kernel_and_every_row_of_the_table(name):
     assert [row for row in read_table(TABLES / f"{name}.json") if not covers(row, TARGETS[name])] == []
 
 
+RELATED = {
+    "sm_103": (Target("cuda", 103, 148), 2048),
+    "gfx90a": (Target("hip", "gfx90a", 104), 128),
+    "gfx950": (Target("hip", "gfx950", 256), 128),
+}
+
+
+@pytest.mark.parametrize("name", RELATED)
+def test_the_table_of_a_relative_serves_architectures_that_have_none(name):
+    target, tokens = RELATED[name]
+    if target.kind == "cuda" and not has_tools():
+        pytest.skip("this Triton has no ptxas")
+    relative = TARGETS[RELATIVES[name]]
+    for what in PASSES:
+        sizes = (torch.bfloat16, 40_000, 128, 2048, 768)
+        assert choose_config(what, target, *sizes) == choose_config(what, relative, *sizes)
+    with recorded(name, target) as launches:
+        layer(SHAPES[SMALL], tokens)
+    reports = [examine(one, target, with_loop=False) for one in {one.key: one for one in launches}.values()]
+    assert [found for report in reports if (found := complaints(report, target))] == []
+
+
 def test_no_launch_is_compiled_twice():
     keys = [one.key for found in collected("sm_90").values() for one in found]
     assert len(keys) == len(set(keys)) > 100
@@ -83,6 +111,46 @@ def test_recording_sees_the_schedule_that_would_run():
     up = launches[1]
     assert (up.num_warps, up.num_stages, dict(up.constants)["ROWS"]) == (4, 2, 64)
     assert dict(up.signature)["w"] == "tensordesc<bf16[1, 128, 64]>"
+
+
+COUNTS = {"decoding": range(1, 33), "training": (2048, 2049, 2050, 2052, 2056, 2064, 2080)}
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_the_number_of_tokens_alone_compiles_no_kernel_anew(name, counts):
+    """A count that is a multiple of 16 is no other kernel, as long as the schedule is the same."""
+    first: dict[object, set[object]] = {}
+    for tokens in COUNTS[counts]:
+        kinds = {
+            "layer": lambda tokens=tokens: layer(SHAPES[SMALL], tokens, bias=True),
+            "level 1": lambda tokens=tokens: level_one(SHAPES[SMALL], tokens),
+            "routing": lambda tokens=tokens: sort_pairs(meta(tokens, 8, dtype=torch.int64), 128),
+        }
+        now: dict[object, set[object]] = {}
+        for what, call in kinds.items():
+            with recorded(what, TARGETS[name]) as launches:
+                call()
+            for one in launches:
+                tensors = tuple(kind for _, kind in one.signature if "bf16" in kind or "fp32" in kind)
+                schedule = (what, one.kernel, repr(one.constants), tensors, one.num_warps, one.num_stages)
+                now.setdefault(schedule, set()).add(one.key)
+        for schedule, keys in now.items():
+            assert keys <= first.setdefault(schedule, keys), f"{tokens} tokens: {schedule[:2]}"
+
+
+def test_a_user_without_a_gpu_is_told_the_ways_out():
+    rows, offsets = torch.ones(2, 16), torch.tensor([0, 2])
+    with pytest.raises(RuntimeError, match=r"(?s)cpu.*TRITON_INTERPRET=1"):
+        grouped_linear(rows, torch.ones(1, 16, 16), offsets)
+
+
+@pytest.mark.parametrize("word", ["1", "true", "on"])
+def test_the_package_is_interpreted_whenever_triton_is(word):
+    """Triton takes several words for yes; for each of them bfloat16 must be widened before a product."""
+    code = "from moe_triton.launch import INTERPRETED; raise SystemExit(0 if INTERPRETED else 3)"
+    environment = os.environ | {"TRITON_INTERPRET": word}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 # The judge itself

@@ -27,6 +27,18 @@ def normal_cdf(x):
 
 
 @triton.jit
+def at_least(x, bound):
+    """x, or the bound where that is larger. NaN stays NaN: a run that has gone wrong must not look well."""
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, bound):
+    """x, or the bound where that is smaller. NaN stays NaN."""
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activated(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
     """hidden = act(gate) * up in float32; without a gate act(gate), and up is not looked at."""
     if ACTIVATION == "swiglu":
@@ -34,10 +46,10 @@ def activated(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "geglu":
         return gate * normal_cdf(gate) * up
     elif ACTIVATION == "clamped_swiglu":
-        gate = tl.minimum(gate, limit)
-        return gate * sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1)
+        gate = at_most(gate, limit)
+        return gate * sigmoid(alpha * gate) * (at_most(at_least(up, -limit), limit) + 1)
     elif ACTIVATION == "relu2":
-        gate = tl.maximum(gate, 0.0)
+        gate = at_least(gate, 0.0)
         return gate * gate
     else:
         return gate * normal_cdf(gate)
@@ -54,12 +66,12 @@ def activation_grads(gate, up, grad, limit, alpha, ACTIVATION: tl.constexpr):
         act = gate * share
         slope = share * (1 + gate - act)
     elif ACTIVATION == "clamped_swiglu":
-        capped = tl.minimum(gate, limit)
+        capped = at_most(gate, limit)
         share = sigmoid(alpha * capped)
         act = capped * share
         slope = tl.where(gate <= limit, share * (1 + alpha * (capped - act)), 0.0)
     elif ACTIVATION == "relu2":
-        act = tl.maximum(gate, 0.0)
+        act = at_least(gate, 0.0)
         slope = 2 * act
         act = act * act
     else:
@@ -69,7 +81,7 @@ def activation_grads(gate, up, grad, limit, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == "swiglu" or ACTIVATION == "geglu":
         return act * up, grad * up * slope, grad * act
     elif ACTIVATION == "clamped_swiglu":
-        kept = tl.minimum(tl.maximum(up, -limit), limit) + 1
+        kept = at_most(at_least(up, -limit), limit) + 1
         inside = (up >= -limit) & (up <= limit)
         return act * kept, grad * kept * slope, tl.where(inside, grad * act, 0.0)
     else:

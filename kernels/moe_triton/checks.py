@@ -1,11 +1,12 @@
 """What the operations refuse at the door."""
 
-from torch import Tensor, bfloat16, float16, float32
+from torch import Tensor, bfloat16, float16, float32, int32, int64
 
 from .activation import check_activation
 from .settings import Settings
 
 DTYPES = (bfloat16, float16, float32)
+INTEGERS = (int64, int32)
 
 
 def check_experts_ffn(
@@ -38,7 +39,8 @@ def check_experts_ffn(
         require_shape("down_bias", down_bias, (num_experts, d))
     require_dtype("x", x)
     require_same(x=x, up_proj=up_proj, down_proj=down_proj, up_bias=up_bias, down_bias=down_bias)
-    require_device(x, weights=weights, pair_of_row=pair_of_row, row_of_pair=row_of_pair, offsets=offsets)
+    require_device(x, weights=weights)
+    require_integers(x, pair_of_row=pair_of_row, row_of_pair=row_of_pair, offsets=offsets)
 
 
 def check_grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> None:
@@ -52,7 +54,27 @@ def check_grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Te
         require_shape("bias", bias, (num_experts, outputs))
     require_dtype("rows", rows)
     require_same(rows=rows, weight=weight, bias=bias)
-    require_device(rows, offsets=offsets)
+    require_integers(rows, "rows", offsets=offsets)
+
+
+def check_grad_weight(grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor | None) -> None:
+    """Raise ValueError unless the arguments of `grouped_linear_grad_weight` fit together."""
+    require_rank("grad", grad, "p o")
+    require_rank("rows", rows, "p i")
+    require_rank("offsets", offsets, "e+1")
+    require_shape("rows", rows, (grad.shape[0], rows.shape[1]))
+    require_dtype("grad", grad)
+    require_same(grad=grad, rows=rows)
+    require_integers(grad, "grad", offsets=offsets)
+    if out is None:
+        return
+    require_shape("out", out, (offsets.shape[0] - 1, grad.shape[1], rows.shape[1]))
+    require_device(grad, "grad", out=out)
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"out has strides {out.stride()}: it is expanded, and several numbers of the sum would share "
+            f"one place. Give it memory of its own: out.contiguous()."
+        )
 
 
 def require_dtype(name: str, tensor: Tensor) -> None:
@@ -83,6 +105,16 @@ def require_device(first: Tensor, first_name: str = "x", **tensors: Tensor) -> N
             raise ValueError(
                 f"{name} is on {tensor.device}, but {first_name} is on {first.device}; move one of them."
             )
+
+
+def require_integers(first: Tensor, first_name: str = "x", **tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors hold integers, on the device of the first."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in INTEGERS:
+            raise ValueError(
+                f"{name} is {tensor.dtype}; it must hold integers, as sort_by_expert gives them."
+            )
+    require_device(first, first_name, **tensors)
 
 
 def require_rank(name: str, tensor: Tensor, axes: str) -> None:

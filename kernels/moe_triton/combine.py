@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import require_rank, require_shape
+from .checks import require_device, require_integers, require_rank, require_shape
 from .launch import is_plain
 from .rows import combine_grads, gather_rows, sum_rows
 
@@ -12,10 +12,13 @@ def dispatch(x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, top_k: int) ->
     """Copy tokens x (t d) into the rows of their pairs -> (p d). Reference: moe.ops.reference.dispatch.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or devices that do not fit together, or a plan that holds no integers.
     """
     require_rank("x", x, "t d")
     require_shape("pair_of_row", pair_of_row, (x.shape[0] * top_k,))
+    require_shape("row_of_pair", row_of_pair, pair_of_row.shape)
+    require_integers(x, pair_of_row=pair_of_row, row_of_pair=row_of_pair)
+    pair_of_row, row_of_pair = pair_of_row.contiguous(), row_of_pair.contiguous()
     if is_plain(x):
         return _gather(x, pair_of_row, top_k)
     return _dispatch(x, pair_of_row, row_of_pair, top_k)
@@ -27,12 +30,16 @@ def combine(rows: Tensor, weights: Tensor, row_of_pair: Tensor, offsets: Tensor)
     Rows offsets[e] and above add nothing, whatever they hold. Sums are in float32, in slot order.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or devices that do not fit together, or a plan that holds no integers.
     """
     require_rank("rows", rows, "p d")
     require_rank("weights", weights, "t k")
     require_shape("row_of_pair", row_of_pair, (weights.numel(),))
     require_shape("rows", rows, (weights.numel(), rows.shape[1]))
+    require_rank("offsets", offsets, "e+1")
+    require_device(rows, "rows", weights=weights)
+    require_integers(rows, "rows", row_of_pair=row_of_pair, offsets=offsets)
+    row_of_pair = row_of_pair.contiguous()
     if is_plain(rows, weights):
         return _sum(rows, weights, row_of_pair, offsets)
     return _combine(rows, weights, row_of_pair, offsets)

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +24,8 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 LARGE = 4 << 20  # numbers in one projection d h from which an expert counts as large
 MOST_ROWS = 1024  # batch-invariant schedules are those of this many rows an expert
 TABLES = Path(__file__).parent / "tables"
+# Architectures without a table of their own, and the one with the same registers, memories and matrix units.
+RELATIVES = {"sm_103": "sm_100", "gfx90a": "gfx942", "gfx950": "gfx942"}
 FOLDER = "MOE_TRITON_TABLES"  # environment variable: the folder of the user's own rows
 
 
@@ -72,17 +73,24 @@ class Config:
         return self if self.splits == 1 else replace(self, splits=1)
 
 
-_overrides: ContextVar[dict[Pass, Config] | None] = ContextVar("overrides", default=None)
+_overrides: dict[Pass, Config] = {}
 
 
 @contextmanager
 def override(what: Pass, config: Config) -> Iterator[None]:
-    """Take this schedule for one pass, whatever the shapes: for tuning and for tests."""
-    token = _overrides.set({**(_overrides.get() or {}), what: config})
+    """Take this schedule for one pass, whatever the shapes: for tuning and for tests.
+
+    In all threads: autograd runs the backward pass of a GPU in a thread of its own.
+    """
+    before = _overrides.get(what)
+    _overrides[what] = config
     try:
         yield
     finally:
-        _overrides.reset(token)
+        if before is None:
+            del _overrides[what]
+        else:
+            _overrides[what] = before
 
 
 def choose_config(
@@ -100,9 +108,8 @@ def choose_config(
 
     batch_invariant: the same schedule for every number of pairs.
     """
-    overrides = _overrides.get()
-    if overrides and what in overrides:
-        return overrides[what]
+    if what in _overrides:
+        return _overrides[what]
     rows = MOST_ROWS if batch_invariant else max(1, pairs // max(1, num_experts))
     is_aligned = d * dtype.itemsize % 16 == 0 and h * dtype.itemsize % 16 == 0
     size: Size = "small" if d * h < LARGE else "large"
@@ -121,7 +128,7 @@ def _look_up(
     folder: str | None,
 ) -> Config:
     if dtype.itemsize == 2 and is_aligned:
-        table = [*read_table(user_table(target, folder)), *read_table(TABLES / f"{target.name}.json")]
+        table = [*read_table(user_table(target, folder)), *read_table(shipped_table(target))]
         fitting = [row for row in table if _fits(row, what, rows, size)]
         if fitting:
             return Config(**min(fitting, key=_bound)["config"])  # of equal bounds the first, the user's own
@@ -134,6 +141,13 @@ def _fits(row: dict[str, Any], what: Pass, rows: int, size: Size) -> bool:
 
 def _bound(row: dict[str, Any]) -> float:
     return float("inf") if row["max_rows_per_expert"] is None else row["max_rows_per_expert"]
+
+
+def shipped_table(target: Target) -> Path:
+    """Where the package's rows for this target are: its own, or those of a relative."""
+    own = TABLES / f"{target.name}.json"
+    relative = RELATIVES.get(target.name)
+    return own if relative is None or own.exists() else TABLES / f"{relative}.json"
 
 
 def user_table(target: Target, folder: str | None = None) -> Path:

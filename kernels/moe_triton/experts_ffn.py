@@ -56,7 +56,7 @@ def experts_ffn(
     """
     x, up_proj, down_proj, up_bias, down_bias = cast_to_autocast(x, up_proj, down_proj, up_bias, down_bias)
     settings = Settings(activation, interleaved, limit, alpha, weights_on_input, batch_invariant)
-    plan = (pair_of_row, row_of_pair, offsets)
+    plan = (pair_of_row.contiguous(), row_of_pair.contiguous(), offsets.contiguous())
     projections = (up_proj, down_proj, up_bias, down_bias)
     check_experts_ffn(x, weights, *plan, *projections, settings)
     leaves = (x, weights, *projections)

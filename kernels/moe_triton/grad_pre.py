@@ -72,7 +72,7 @@ def finish_columns(
     return tl.sum(tl.where((outs < H)[None, :], acc * hidden, 0.0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def grad_pre_kernel(
     grad_ptr, w, pre_ptr, weights_ptr, pair_of_row_ptr, grad_pre_ptr, hidden_ptr, parts_ptr,
     offsets_ptr, tile_start_ptr, tile_expert_ptr, E, P, D, H, OUT_TILES,

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .autocast import cast_to_autocast
-from .checks import check_grouped_linear, require_rank, require_same, require_shape
+from .checks import check_grad_weight, check_grouped_linear, require_rank
 from .config import Config, Pass, choose_config
 from .experts_ffn import empty_like_weight, in_rows
 from .grad_weight import grad_weight
@@ -26,6 +27,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor |
     """
     rows, weight, bias = cast_to_autocast(rows, weight, bias)
     check_grouped_linear(rows, weight, offsets, bias)
+    offsets = offsets.contiguous()
     if is_plain(rows, weight, bias):
         return _product("down", rows, weight, offsets, bias)
     return _grouped_linear(rows, weight, offsets, bias)
@@ -39,7 +41,10 @@ def grouped_linear_grad_rows(grad: Tensor, weight: Tensor, offsets: Tensor) -> T
     """
     require_rank("weight", weight, "e o i")
     check_grouped_linear(grad, weight.mT, offsets)
-    return _product("grad_rows", grad, weight.mT, offsets, None)
+    offsets = offsets.contiguous()
+    if _is_called_directly(grad, weight):
+        return _product("grad_rows", grad, weight.mT, offsets, None)
+    return _grouped_linear_grad_rows(grad, weight, offsets)
 
 
 def grouped_linear_grad_weight(
@@ -53,19 +58,18 @@ def grouped_linear_grad_weight(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    require_rank("grad", grad, "p o")
-    require_rank("rows", rows, "p i")
-    require_shape("rows", rows, (grad.shape[0], rows.shape[1]))
-    require_same(grad=grad, rows=rows)
-    shape = (offsets.shape[0] - 1, grad.shape[1], rows.shape[1])
+    check_grad_weight(grad, rows, offsets, out)
+    offsets = offsets.contiguous()
+    is_direct = _is_called_directly(grad, rows, out)
     if out is not None:
-        require_shape("out", out, shape)
-    accumulate = out is not None
-    out = grad.new_empty(shape) if out is None else out
-    grad, rows = in_rows(grad), in_rows(rows)
-    config = _config("grad_up", rows, *shape)
-    grad_weight(grad, rows, out, _plan(grad, offsets), config, accumulate=accumulate)
-    return out
+        (_add_grad_weight if is_direct else _grouped_linear_add_grad_weight)(grad, rows, offsets, out)
+        return out
+    return (_grad_weight if is_direct else _grouped_linear_grad_weight)(grad, rows, offsets)
+
+
+def _is_called_directly(*tensors: Tensor | None) -> bool:
+    """Gradients are asked for by name, also where a mode looks at every call of an operator."""
+    return is_plain(*tensors) and not is_in_torch_dispatch_mode()
 
 
 def _product(what: Pass, rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,6 +77,22 @@ def _product(what: Pass, rows: Tensor, weight: Tensor, offsets: Tensor, bias: Te
     y = linear(rows, weight, bias, _plan(rows, offsets), _config(what, rows, *weight.shape))
     zero_rest(y, offsets)
     return y
+
+
+def _grad_weight(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    out = grad.new_empty(offsets.shape[0] - 1, grad.shape[1], rows.shape[1])
+    _write_grad_weight(grad, rows, offsets, out, accumulate=False)
+    return out
+
+
+def _add_grad_weight(grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor) -> None:
+    _write_grad_weight(grad, rows, offsets, out, accumulate=True)
+
+
+def _write_grad_weight(grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    grad, rows = in_rows(grad), in_rows(rows)
+    config = _config("grad_up", rows, *out.shape)
+    grad_weight(grad, rows, out, _plan(grad, offsets), config, accumulate=accumulate)
 
 
 def _plan(rows: Tensor, offsets: Tensor) -> Plan:
@@ -109,8 +129,7 @@ def _grouped_linear_backward(
         of_rows = _product("grad_rows", grad, weight.mT, offsets, None)
     if needs_weight:
         of_weight = empty_like_weight(weight)
-        config = _config("grad_up", rows, *weight.shape)
-        grad_weight(grad, in_rows(rows), of_weight, _plan(grad, offsets), config)
+        _write_grad_weight(grad, rows, offsets, of_weight, accumulate=False)
     if needs_bias:
         of_bias = expert_sums(grad, offsets, None, 1, None, dtype=rows.dtype)
     return of_rows, of_weight, of_bias
@@ -139,3 +158,36 @@ def _autograd(ctx, grad: Tensor):
 
 
 _grouped_linear.register_autograd(_autograd, setup_context=_setup)
+
+
+# The gradients by name: no gradient of a gradient is offered.
+
+
+@torch.library.custom_op("moe_triton::grouped_linear_grad_rows", mutates_args=())
+def _grouped_linear_grad_rows(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return _product("grad_rows", grad, weight.mT, offsets, None)
+
+
+@_grouped_linear_grad_rows.register_fake
+def _(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("moe_triton::grouped_linear_grad_weight", mutates_args=())
+def _grouped_linear_grad_weight(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    return _grad_weight(grad, rows, offsets)
+
+
+@_grouped_linear_grad_weight.register_fake
+def _(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    return grad.new_empty(offsets.shape[0] - 1, grad.shape[1], rows.shape[1])
+
+
+@torch.library.custom_op("moe_triton::grouped_linear_add_grad_weight", mutates_args=("out",))
+def _grouped_linear_add_grad_weight(grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor) -> None:
+    _add_grad_weight(grad, rows, offsets, out)
+
+
+@_grouped_linear_add_grad_weight.register_fake
+def _(grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor) -> None:
+    return None

@@ -1,6 +1,5 @@
 """Every kernel of this package is launched here, on a device that is asked for its kind once."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -10,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from triton import knobs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # what triton.jit looked at when it was applied
+INTERPRETED = bool(knobs.runtime.interpret)  # what triton.jit looks at when it is applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +85,38 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **opti
 
 def _on_device_of(arguments: Mapping[str, Any]):
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type != "cuda":
+        if not INTERPRETED:
+            raise RuntimeError(
+                f"the Triton kernels run on a GPU, and a tensor is on {device}. Move it to one, "
+                f"or set TRITON_INTERPRET=1 before triton is imported to run them slowly on a CPU."
+            )
         return nullcontext()
-    return torch.cuda.device(device)
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def is_plain(*leaves: Tensor | None) -> bool:
     """Whether kernels can be called at once: no gradient asked for, nothing traced, real tensors.
 
     The dispatcher costs some 20 us, which a token being decoded would feel.
+
+    Raises:
+        NotImplementedError: a forward-mode derivative is asked for; it would silently be zero.
     """
     if torch.compiler.is_compiling():
         return False
     given = [leaf for leaf in leaves if leaf is not None]
+    if forward_ad._current_level >= 0 and any(_has_tangent(leaf) for leaf in given):
+        raise NotImplementedError(
+            'the Triton kernels have no forward-mode derivatives. Use backend="torch", or reverse mode.'
+        )
     if any(type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.is_meta for leaf in given):
         return False
     return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in given))
+
+
+def _has_tangent(leaf: Tensor) -> bool:
+    return forward_ad.unpack_dual(leaf).tangent is not None
 
 
 def ceil_div(number: int, by: int) -> int:

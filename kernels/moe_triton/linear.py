@@ -31,7 +31,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def linear_kernel(
     rows_ptr, rows_tma, w, bias_ptr, y_ptr, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, P, I, O,
     OUT_TILES, rows_stride, w_stride_e, w_stride_o, w_stride_i, bias_stride_e, bias_stride_o,

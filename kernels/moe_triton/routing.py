@@ -65,8 +65,10 @@ def count_kernel(experts_ptr, counts_ptr, P, E, CHUNK: tl.constexpr, BINS: tl.co
 
 
 @triton.jit(do_not_specialize=["CHUNKS", "E"])
-def sum_chunks_kernel(counts_ptr, starts_ptr, CHUNKS, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """starts (chunks+1 e+1): pairs of each expert in all earlier chunks; in the last row, in all of them."""
+def sum_chunks_kernel(
+    counts_ptr, starts_ptr, totals_ptr, CHUNKS, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """starts (chunks e+1): pairs of each expert in all earlier chunks; totals (e+1): in all of them."""
     experts = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     is_expert = (experts <= E)[None, :]
     earlier = tl.zeros((EXPERTS,), tl.int32)
@@ -77,7 +79,7 @@ def sum_chunks_kernel(counts_ptr, starts_ptr, CHUNKS, E, ROWS: tl.constexpr, EXP
         starts = earlier[None, :] + tl.cumsum(counts, 0) - counts
         tl.store(starts_ptr + at, starts, mask=is_expert & (chunks < CHUNKS))
         earlier += tl.sum(counts, 0)
-    tl.store(starts_ptr + tl.cast(CHUNKS, tl.int64) * (E + 1) + experts, earlier, mask=experts <= E)
+    tl.store(totals_ptr + experts, earlier, mask=experts <= E)
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -143,17 +145,19 @@ def _sort_many(experts: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, offset
     chunk = min(max(256, power_of_2(num_experts)), 2048)  # more experts, fewer counts
     chunks, bins = ceil_div(pairs, chunk), min(power_of_2(num_experts + 1), 1024)
     counts = experts.new_empty(chunks, num_experts + 1, dtype=torch.int32)
-    starts = experts.new_empty(chunks + 1, num_experts + 1, dtype=torch.int32)
+    starts = torch.empty_like(counts)
+    totals = experts.new_empty(num_experts + 1, dtype=torch.int32)
     sizes = {"P": pairs, "E": num_experts, "CHUNK": chunk}
     launch(
         count_kernel,
         (chunks, ceil_div(num_experts + 1, bins)),
         {"experts_ptr": experts, "counts_ptr": counts, **sizes, "BINS": bins},
     )
-    columns = {"counts_ptr": counts, "starts_ptr": starts, "CHUNKS": chunks, "E": num_experts}
-    launch(sum_chunks_kernel, (ceil_div(num_experts + 1, 8),), {**columns, "ROWS": 256, "EXPERTS": 8})
-    totals = {"totals_ptr": starts[chunks], "offsets_ptr": offsets, "E": num_experts, "BLOCK": 1024}
-    launch(sum_experts_kernel, (1,), totals)
+    columns = {"counts_ptr": counts, "starts_ptr": starts, "totals_ptr": totals, "CHUNKS": chunks}
+    arguments = {**columns, "E": num_experts, "ROWS": 256, "EXPERTS": 8}
+    launch(sum_chunks_kernel, (ceil_div(num_experts + 1, 8),), arguments)
+    arguments = {"totals_ptr": totals, "offsets_ptr": offsets, "E": num_experts, "BLOCK": 1024}
+    launch(sum_experts_kernel, (1,), arguments)
     queries = min(64, 2**15 // chunk)
     results = {"offsets_ptr": offsets, "pair_of_row_ptr": pair_of_row, "row_of_pair_ptr": row_of_pair}
     arguments = {"experts_ptr": experts, "starts_ptr": starts, **results, **sizes, "QUERIES": queries}
@@ -178,9 +182,11 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     Reference: moe.ops.reference.sort_by_expert. An id outside 0..e-1 marks a pair that no expert runs.
 
     Raises:
-        ValueError: experts has not two axes.
+        ValueError: experts has not two axes, or holds no integers.
     """
     require_rank("experts", experts, "t k")
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise ValueError(f"experts is {experts.dtype}; it must hold the numbers of the experts.")
     if is_plain(experts) and not is_in_torch_dispatch_mode():
         return sort_pairs(experts, num_experts)
     return _sort_by_expert(experts, num_experts)

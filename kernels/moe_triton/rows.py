@@ -17,6 +17,7 @@ from torch import Tensor
 from .launch import ceil_div, launch, power_of_2
 
 MOST_COLUMNS = 1024  # of a program: with 4 warps 8 numbers a thread
+MOST_LOADS = 64  # written out one after the other: 128 spill 7 kB a thread, and compile for a quarter minute
 
 
 @triton.jit
@@ -35,27 +36,35 @@ def gather_kernel(
     tl.store(to, values.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def sum_kernel(
     rows_ptr, weights_ptr, row_of_pair_ptr, kept_ptr, out_ptr, D, P,
-    TOP_K: tl.constexpr, SPLITS: tl.constexpr, SCALE: tl.constexpr, ALL: tl.constexpr, COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr, SPLITS: tl.constexpr, UNROLLED: tl.constexpr, SCALE: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over its choices, in slot order, of their rows, each the sum of SPLITS parts (p d)."""
+    """out[t] = sum over its choices, in slot order, of their rows, each the sum of SPLITS parts (p d).
+
+    The loads of UNROLLED choices are on their way at once.
+    """
     token = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kept = P if ALL else tl.load(kept_ptr).to(tl.int32)
     acc = tl.zeros((COLUMNS,), tl.float32)
-    for choice in tl.static_range(TOP_K):
-        pair = token.to(tl.int64) * TOP_K + choice
-        row = tl.load(row_of_pair_ptr + pair).to(tl.int32)
-        is_kept = columns < tl.where(row < kept, D, 0)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            at = rows_ptr + (row.to(tl.int64) + tl.cast(split, tl.int64) * P) * D + columns
-            total += tl.load(at, mask=is_kept, other=0.0).to(tl.float32)
-        if SCALE:
-            total = tl.where(is_kept, total * tl.load(weights_ptr + pair).to(tl.float32), 0.0)
-        acc += total
+    for first in range(0, TOP_K, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            choice = first + i
+            is_choice = choice < TOP_K
+            pair = token.to(tl.int64) * TOP_K + choice
+            row = tl.load(row_of_pair_ptr + pair, mask=is_choice, other=P).to(tl.int32)
+            is_kept = columns < tl.where(is_choice & (row < kept), D, 0)
+            total = tl.zeros((COLUMNS,), tl.float32)
+            for split in tl.static_range(SPLITS):
+                at = rows_ptr + (row.to(tl.int64) + tl.cast(split, tl.int64) * P) * D + columns
+                total += tl.load(at, mask=is_kept, other=0.0).to(tl.float32)
+            if SCALE:
+                weight = tl.load(weights_ptr + pair, mask=is_choice, other=0.0).to(tl.float32)
+                total = tl.where(is_kept, total * weight, 0.0)
+            acc += total
     tl.store(out_ptr + token.to(tl.int64) * D + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
@@ -84,7 +93,7 @@ def combine_grads_kernel(
     tl.store(grad_weights_ptr + pair, tl.sum(dots).to(grad_weights_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def weight_grads_kernel(
     parts_ptr, pair_of_row_ptr, offsets_ptr, grad_ptr, bias_ptr, out_ptr, P, E, D, grad_stride,
     bias_stride_e, bias_stride_d, TOP_K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -144,7 +153,7 @@ def expert_sums_kernel(
     tl.store(to, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def zero_rest_kernel(rows_ptr, kept_ptr, P, N, COLUMNS: tl.constexpr):
     """Rows from the last kept one on become 0; a program takes every so many of them."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -197,6 +206,7 @@ def sum_rows(
         "P": pairs,
         "TOP_K": top_k,
         "SPLITS": splits,
+        "UNROLLED": max(1, min(top_k, MOST_LOADS // splits)),
         "SCALE": weights is not None,
         "ALL": offsets is None,
     }

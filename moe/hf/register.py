@@ -25,7 +25,7 @@ NAMES: Mapping[Backend, str] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Replaced:
+class ReplacedExperts:
     """What `use` did.
 
     implementation  the name under which transformers now finds our experts
@@ -49,14 +49,14 @@ def register() -> None:
     if find_spec("transformers") is None:
         raise ImportError(
             "moe.hf needs transformers, which is not installed. "
-            "Install it with: pip install 'sparse-moe[hf]'."
+            "Install it with: pip install '.[hf]' in a clone of the repository."
         )
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
         raise ImportError(
             "moe.hf needs a newer transformers: this one has no registry of experts. "
-            "Upgrade it with: pip install 'sparse-moe[hf]'."
+            "Upgrade it with: pip install '.[hf]' in a clone of the repository."
         ) from error
     from moe.hf.experts import experts_forward
 
@@ -71,13 +71,13 @@ def register() -> None:
             )
 
 
-def use(model: nn.Module, *, backend: Backend = "auto") -> Replaced:
+def use(model: nn.Module, *, backend: Backend = "auto") -> ReplacedExperts:
     """Register, switch every module of experts in `model` to ours, and make sure that it happened.
 
     model    a transformers model, or any module that holds some (a PEFT model, a compiled one, ...)
     backend  "auto", or "reference", "torch", "triton"; kept in the name, as the head of this file says
 
-    To go back: `model.set_experts_implementation("grouped_mm")`, or what `Replaced.previous` says.
+    To go back: `model.set_experts_implementation("grouped_mm")`, or what `ReplacedExperts.previous` says.
 
     Raises:
         ValueError: an unknown backend; nothing to replace, because the model has no experts or because its
@@ -99,7 +99,7 @@ def use(model: nn.Module, *, backend: Backend = "auto") -> Replaced:
             f"they were, the first is {left[0]!r} ({type(experts[left[0]]).__name__}). Choose when loading: "
             f"from_pretrained(..., experts_implementation={NAMES[backend]!r})."
         )
-    return Replaced(NAMES[backend], MappingProxyType(previous))
+    return ReplacedExperts(NAMES[backend], MappingProxyType(previous))
 
 
 def _goes_through_registry(module: nn.Module) -> bool:

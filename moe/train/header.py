@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 from moe.ops.choose import describe
 from moe.parameters import count_parameters, flops_per_token
 from moe.train.device import device_name

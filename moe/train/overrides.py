@@ -7,6 +7,7 @@ field's own. Messages name the source, the key, the value and the type that was 
 import tomllib
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -125,6 +126,8 @@ def convert(value: Any, expected: Any, what: str) -> Any:
         if isinstance(value, list):
             return [convert(v, item, what) for v in value]
         raise ValueError(f"{what} must be a list of {item.__name__}, got {type(value).__name__}.")
+    if isinstance(value, dict) and is_dataclass(expected):
+        return value  # a table, whose keys the config checks
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, expected) and isinstance(value, bool) == (expected is bool):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from moe.config import DecoderConfig
+from moe.decoder_config import DecoderConfig
 from moe.train.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 

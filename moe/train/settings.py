@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-from moe.config import DecoderConfig, did_you_mean
+from moe.config import did_you_mean
+from moe.decoder_config import DecoderConfig
 from moe.ops.choose import Backend
 
 Encoding = Literal["utf-8", "bytes"]

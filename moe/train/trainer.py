@@ -100,7 +100,8 @@ class Trainer:
         check_tensors(weights, self.model.state_dict(), checkpoint)
         self.model.load_state_dict(weights)
         restore_generators(others, self.device)
-        load_optimizer_tensors(self.model, self.optimizer, others)
+        if others or progress.step:  # a model that came from elsewhere has not been optimised yet
+            load_optimizer_tensors(self.model, self.optimizer, others)
         self.progress = progress
 
     def _accumulate(self, ids: Tensor, targets: Tensor, step: int) -> Tensor:

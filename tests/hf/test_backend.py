@@ -404,7 +404,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'sparse-moe[hf]'" in done.stdout
+    assert "pip install '.[hf]'" in done.stdout
 
 
 def test_importing_the_bridge_imports_no_transformers():

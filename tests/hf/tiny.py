@@ -26,6 +26,7 @@ from torch import Tensor, nn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is not a folder is an error, not a download
 
 STD = 0.15
+FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, ImportError, ArithmeticError)
 VOCABULARY = 131
 LARGEST = 4_000_000  # parameters; more means that a size has a name unknown here
 
@@ -123,10 +124,10 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
         RuntimeError: no class could be built; the message holds the reason of each.
     """
     reasons = []
-    for model_class in _model_classes(family):
+    for model_class in model_classes(family):
         try:
             return _build_class(model_class, family, seed, changes)
-        except Exception as error:  # whatever it is, it is a reason for the caller to print
+        except FAILURES as error:  # whatever it is, it is a reason for the caller to print
             reasons.append(f"{model_class.__name__}: {type(error).__name__}: {str(error).strip()[:160]}")
     raise RuntimeError(
         f"{family}: no class with experts can be built. " + " | ".join(reasons or ["none found"])
@@ -200,7 +201,7 @@ def tiny_config(config_class: type, **changes: Any) -> Any:
 
 
 def _build_class(model_class: type, family: str, seed: int, changes: dict[str, Any]) -> nn.Module:
-    config = tiny_config(model_class.config_class, **CHANGES.get(family, {}), **changes)
+    config = tiny_config(model_class.config_class, **CHANGES.get(family, {}) | changes)
     with torch.device("meta"):
         skeleton = model_class(config)
     if not experts_modules(skeleton):
@@ -214,7 +215,7 @@ def _build_class(model_class: type, family: str, seed: int, changes: dict[str, A
     return model
 
 
-def _model_classes(family: str) -> Iterator[type]:
+def model_classes(family: str) -> Iterator[type]:
     """The models of a family, those first that take ids and give logits."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     pretrained = importlib.import_module("transformers").PreTrainedModel

@@ -21,6 +21,7 @@ from helpers import (
     tiny_config,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -91,6 +92,7 @@ def registered() -> set[str]:
     return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_triton::")}
 
 
+@torch_may_warn
 @pytest.mark.parametrize("name", sorted(registered()))
 def test_custom_operators_keep_their_promises_to_torch(name):
     """Schema, autograd registration, fake kernels and dynamic shapes of every operator that we register."""
@@ -109,6 +111,17 @@ def test_the_gradient_of_a_gradient_is_refused():
     with pytest.raises(RuntimeError):
         (grad,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
         grad.sum().backward()
+
+
+@torch_may_warn
+def test_forward_mode_derivatives_are_refused():
+    """No operator of torch.library has them: they would silently be zero."""
+    problem = some_dropped().on(DEVICE)
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(problem.x, torch.ones_like(problem.x))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            by_ops(moe_triton)(problem, **(problem.leaves | {"x": x}))
+        assert by_ops(moe_triton)(problem, **problem.leaves).isfinite().all()
 
 
 # Compilation
@@ -135,6 +148,27 @@ def test_compiled_without_gradients(fresh_compiler):
     compiled = torch.compile(eager, fullgraph=True, backend=COMPILER)
     with torch.no_grad():
         assert torch.equal(compiled(problem, **problem.leaves), eager(problem, **problem.leaves))
+
+
+@torch_may_warn
+def test_the_gradients_of_level_1_compile_in_one_graph(fresh_compiler):
+    """A training loop of its own may call them by name, and keep main gradients in float32."""
+    offsets = torch.tensor([0, 3, 5, 5, 9], device=DEVICE)
+    weight, main = torch.randn(4, 12, 8, device=DEVICE, dtype=HALF), torch.randn(4, 12, 8, device=DEVICE)
+
+    def gradients(grad, rows, main):
+        of_weight = moe_triton.grouped_linear_grad_weight(grad, rows, offsets)
+        moe_triton.grouped_linear_grad_weight(grad, rows, offsets, out=main)
+        return moe_triton.grouped_linear_grad_rows(grad, weight, offsets), of_weight, main
+
+    counter = CompileCounterWithBackend(COMPILER)
+    compiled = torch.compile(gradients, fullgraph=True, dynamic=True, backend=counter)
+    for pairs in (9, 12):
+        grad, rows = (torch.randn(pairs, width, device=DEVICE, dtype=HALF) for width in (12, 8))
+        ours, eager = compiled(grad, rows, main.clone()), gradients(grad, rows, main.clone())
+        for our, their in zip(ours, eager, strict=True):
+            assert torch.equal(our, their)
+    assert counter.frame_count == 1
 
 
 FEATURES = {
@@ -233,7 +267,76 @@ def test_a_layer_under_autocast_gives_the_dtype_of_autocast():
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in layer.parameters())
 
 
+# The plan
+
+
+def test_a_plan_may_lie_in_memory_in_any_order():
+    """And hold 32-bit integers."""
+    problem = some_dropped().on(DEVICE)
+    plan, rows = problem.plan, torch.randn(problem.experts.numel(), 6, device=DEVICE)
+    parts = {"pair_of_row": plan.pair_of_row, "row_of_pair": plan.row_of_pair, "offsets": plan.offsets}
+    k = problem.experts.shape[1]
+
+    def everything(pair_of_row, row_of_pair, offsets):
+        x, weights, up_proj, down_proj, *biases = problem.leaves.values()
+        layer = moe_triton.experts_ffn(
+            x, weights, pair_of_row, row_of_pair, offsets, up_proj, down_proj, *biases
+        )
+        return (
+            layer,
+            moe_triton.dispatch(x, pair_of_row, row_of_pair, k),
+            moe_triton.combine(rows, weights, row_of_pair, offsets),
+            moe_triton.grouped_linear(rows, up_proj, offsets),
+            moe_triton.grouped_linear_grad_rows(rows, down_proj, offsets),
+            moe_triton.grouped_linear_grad_weight(rows, rows, offsets),
+        )
+
+    expected = everything(**parts)
+    for change in (lambda part: torch.stack([part, -part], 1)[:, 0], lambda part: part.int()):
+        for name, part in parts.items():
+            ours = everything(**(parts | {name: change(part)}))
+            for our, their in zip(ours, expected, strict=True):
+                assert torch.equal(our, their), name
+
+
 # Bad input
+
+
+@pytest.mark.parametrize("name", ["pair_of_row", "row_of_pair", "offsets"])
+def test_a_plan_that_holds_no_integers_is_refused_by_name(name):
+    problem = some_dropped().on(DEVICE)
+    plan = {part: getattr(problem.plan, part) for part in ("pair_of_row", "row_of_pair", "offsets")}
+    plan[name] = plan[name].float()
+    tensors = {leaf: problem.leaves[leaf] for leaf in ("x", "weights", "up_proj", "down_proj")}
+    with pytest.raises(ValueError, match=rf"{name} is torch.float32.*integers"):
+        moe_triton.experts_ffn(**plan, **tensors)
+
+
+def test_experts_that_are_no_integers_are_refused():
+    with pytest.raises(ValueError, match=r"experts is torch.float32"):
+        moe_triton.sort_by_expert(torch.zeros(3, 2, device=DEVICE), 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"out": torch.zeros(1, 5, 6, device=DEVICE).expand(4, 5, 6)}, r"out.*expanded"),
+        ({"out": torch.zeros(4, 6, 5)}, r"out.*4, 6, 5.*4, 5, 6"),
+        ({"offsets": torch.tensor([0.0, 1, 3, 3, 6])}, r"offsets.*integers"),
+        ({"grad": torch.randn(6, 5).double(), "rows": torch.randn(6, 6).double()}, r"float64"),
+        ({"rows": torch.randn(7, 6)}, r"rows.*7.*6"),
+    ],
+    ids=["expanded", "shape", "offsets", "dtype", "rows"],
+)
+def test_the_gradient_of_a_weight_refuses_what_does_not_fit_by_name(wrong, message):
+    tensors = {
+        "grad": torch.randn(6, 5),
+        "rows": torch.randn(6, 6),
+        "offsets": torch.tensor([0, 1, 3, 3, 6]),
+        "out": torch.zeros(4, 5, 6),
+    } | wrong
+    with pytest.raises(ValueError, match=message):
+        moe_triton.grouped_linear_grad_weight(**{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -80,11 +80,11 @@ def test_sizes_beyond_one_block_sort_as_in_the_reference(path, name, poisoned_me
 def test_chunks_beyond_one_block_are_summed(poisoned_memory):
     """The chunks of one expert are read in blocks of 256."""
     counts = torch.randint(0, 9, (600, 6), dtype=torch.int32, device=DEVICE)
-    starts = torch.empty(601, 6, dtype=torch.int32, device=DEVICE)
-    columns = {"counts_ptr": counts, "starts_ptr": starts, "CHUNKS": 600, "E": 5}
+    starts, totals = torch.empty_like(counts), torch.empty_like(counts[0])
+    columns = {"counts_ptr": counts, "starts_ptr": starts, "totals_ptr": totals, "CHUNKS": 600, "E": 5}
     launch.launch(routing.sum_chunks_kernel, (1,), {**columns, "ROWS": 256, "EXPERTS": 8})
     assert torch.equal(starts[0], torch.zeros_like(starts[0]))
-    assert torch.equal(starts[1:], counts.cumsum(0, dtype=torch.int32))
+    assert torch.equal(torch.cat([starts[1:], totals[None]]), counts.cumsum(0, dtype=torch.int32))
 
 
 @EVERY_PATH

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from device import DEVICE
-from helpers import ACTIVATIONS, AWKWARD_ROUTINGS, GATED, assert_as_accurate
+from helpers import ACTIVATIONS, AWKWARD_ROUTINGS, GATED, assert_as_accurate, drop, random_experts
 
 from moe.ops import reference
 from moe_triton import activate, combine, dispatch
@@ -86,6 +86,21 @@ def test_summed_rows_may_come_in_parts(splits, poisoned_memory):
     ours = sum_rows(parts, case.row_of_pair, case.offsets, case.k, case.weights, dtype=torch.float16)
     assert ours.dtype == torch.float16
     close(ours, case.sums(parts.double().sum(0), scale=True))
+
+
+@pytest.mark.parametrize(("splits", "most"), [(1, 2), (2, 4), (3, 1)])
+def test_more_choices_than_are_written_out_are_summed_in_the_same_order(splits, most, monkeypatch):
+    """The last of several rounds is not full: 5 choices in rounds of 2."""
+    experts = drop(random_experts(11, 5, 7), 7, tokens=(3,), pairs=((0, 4),))
+    _, row_of_pair, offsets = (part.to(DEVICE) for part in reference.sort_by_expert(experts, 7))
+    rows, weights = torch.randn(splits, 55, D, device=DEVICE), torch.rand(11, 5, device=DEVICE)
+    rows[:, int(offsets[-1]) :] = float("nan")
+    rows, scaled = (rows[0] if splits == 1 else rows), (None, weights)
+    at_once = [sum_rows(rows, row_of_pair, offsets, 5, scale) for scale in scaled]
+    monkeypatch.setattr("moe_triton.rows.MOST_LOADS", most)
+    in_rounds = [sum_rows(rows, row_of_pair, offsets, 5, scale) for scale in scaled]
+    for ours, expected in zip(in_rounds, at_once, strict=True):
+        assert expected.isfinite().all() and torch.equal(ours, expected)
 
 
 @ROUTINGS
@@ -186,3 +201,15 @@ def test_activations_follow_their_formulas_in_value_and_gradient(
 def test_an_activation_takes_any_strides():
     pre = torch.randn(12, 10, device=DEVICE).mT
     close(activate(pre, "swiglu"), reference.activate(pre.double(), "swiglu"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_of_nan_is_nan_as_in_the_reference(activation):
+    """A clamp that swallows NaN would hide a run that has gone wrong."""
+    nan = float("nan")
+    values = torch.tensor([[1.0, nan, 2.0, 3.0], [nan, 1.0, 0.5, nan]])
+    pre, wide = values.to(DEVICE).requires_grad_(), values.to(DEVICE).double().requires_grad_()
+    ours, truth = activate(pre, activation), reference.activate(wide, activation)
+    torch.testing.assert_close(ours.double(), truth, equal_nan=True, rtol=1e-5, atol=1e-5)
+    of_ours, of_truth = (torch.autograd.grad(y.sum(), leaf)[0] for y, leaf in ((ours, pre), (truth, wide)))
+    torch.testing.assert_close(of_ours.double(), of_truth, equal_nan=True, rtol=1e-5, atol=1e-5)

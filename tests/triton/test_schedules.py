@@ -1,5 +1,6 @@
 """A schedule changes the time and nothing else: every one of them gives the right value and gradients."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -130,6 +131,14 @@ def test_forcing_a_schedule_ends_with_its_block():
         assert choose_config("up", target, *sizes) != chosen
         assert choose_config("down", target, *sizes).rows >= 16
     assert choose_config("up", target, *sizes) == chosen
+
+
+def test_a_forced_schedule_reaches_the_thread_in_which_autograd_runs_a_backward_pass():
+    """On a GPU that is not the thread which calls backward."""
+    sizes = (Target("cpu", "cpu", 4), HALF, 100, 4, 64, 64)
+    forced = Config(16, 16, 16, 4, 2)
+    with ThreadPoolExecutor(1) as pool, override("grad_pre", forced):
+        assert pool.submit(choose_config, "grad_pre", *sizes).result() == forced
 
 
 def test_a_single_token_of_wide_experts_is_split():

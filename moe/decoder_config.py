@@ -1,0 +1,166 @@
+"""What a decoder is made of: the settings of its layers, its attention and its losses, as frozen data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moe.config import MoEConfig, require_positive
+from moe.rotary import RopeScaling
+
+LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
+LossGranularity = Literal["layer", "sequence"]
+QKNorm = Literal["head", "full"]
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig(MoEConfig):
+    """A decoder-only transformer whose feed-forward layers are dense or MoE.
+
+    Layer i is MoE when `num_experts > 0`, i >= `first_k_dense_replace`, (i + 1) % `decoder_sparse_step` == 0
+    and i is not in `mlp_only_layers`; otherwise it is a dense SwiGLU of width `intermediate_size`.
+
+    With `kv_lora_rank` attention is multi-head latent attention (DeepSeek-V2, 2405.04434), which has no
+    grouped heads and takes its head sizes from the `qk_` and `v_` keys.
+
+    Raises:
+        ValueError: as MoEConfig, and heads or widths that do not fit together.
+    """
+
+    vocab_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+    moe_intermediate_size: int = 0
+    num_experts: int = 0  # 0: every layer is dense
+    num_experts_per_tok: int = 0
+    num_key_value_heads: int | None = None  # None: as num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    intermediate_size: int | None = None  # dense layers; needed when there is one
+    first_k_dense_replace: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    mlp_bias: bool = False  # of dense layers
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    # Attention
+    use_qk_norm: bool = False
+    qk_norm: QKNorm = "head"  # "full": over all heads at once, before they are parted (OLMoE, MiniMax-M2)
+    clip_qkv: float | None = None  # queries, keys and values are clamped to its range (OLMoE)
+    attention_bias: bool = False  # of q, k and v
+    attention_output_bias: bool = False
+    attention_sinks: bool = False  # a learnt logit a head in the softmax, without a value (gpt-oss)
+    attention_multiplier: float | None = None  # scale of q . k; None: 1 / sqrt(channels of a head)
+    sliding_window: int | None = None  # a query sees so many tokens, its own included
+    layer_types: tuple[LayerType, ...] | None = None  # None: all sliding with a sliding_window, else all full
+
+    # Rotary embedding
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # the share of a head's channels that turn
+    rope_interleave: bool = False  # pairs are neighbours (DeepSeek, ERNIE), not the two halves
+
+    # Multi-head latent attention
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None  # None: queries are not compressed
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    # Scales of the streams (Granite)
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0  # logits are divided by it
+
+    # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
+    router_aux_loss_coef: float = 0.0
+    router_aux_loss_convention: LossConvention = "megatron"
+    router_aux_loss_granularity: LossGranularity = "layer"
+    router_z_loss_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):  # plain data, as to_dict makes it
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        MoEConfig.__post_init__(self)
+        for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "kv_heads"):
+            require_positive(self, name)
+        for name in ("decoder_sparse_step", "max_position_embeddings", "logits_scaling"):
+            require_positive(self, name)
+        for name in ("intermediate_size", "sliding_window", "clip_qkv", "kv_lora_rank", "q_lora_rank"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        self._check_heads()
+        self._check_layers()
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                f"{self.num_attention_heads}; change one of them or set head_dim."
+            )
+        if self.head_size <= 0:
+            raise ValueError(f"head_dim={self.head_size} must be positive.")
+        if self.rotary_size <= 0 or self.rotary_size % 2:
+            raise ValueError(
+                f"head_dim={self.head_size} with partial_rotary_factor={self.partial_rotary_factor} lets "
+                f"{self.rotary_size} channels turn: it must be positive and even, since pairs turn."
+            )
+        if self.kv_lora_rank is None and self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.kv_heads}: each key head serves a whole group of query heads."
+            )
+        if self.kv_lora_rank is not None:
+            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                require_positive(self, name)
+            for name in ("use_qk_norm", "attention_sinks", "clip_qkv"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)}: latent attention has none.")
+
+    def _check_layers(self) -> None:
+        layers = range(self.num_hidden_layers)
+        if not set(self.mlp_only_layers) <= set(layers):
+            raise ValueError(
+                f"mlp_only_layers={self.mlp_only_layers} must be numbers of the {len(layers)} layers."
+            )
+        if self.intermediate_size is None and not all(map(self.is_moe_layer, layers)):
+            raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
+        if self.layer_types is None:
+            return
+        if len(self.layer_types) != len(layers):
+            raise ValueError(
+                f"layer_types={self.layer_types} must be one for each of the {len(layers)} layers."
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head; of its keys with latent attention."""
+        if self.kv_lora_rank is not None:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that rotary embedding turns."""
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim
+        return int(self.head_size * self.partial_rotary_factor)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) routes its feed-forward."""
+        past_dense = layer >= self.first_k_dense_replace and layer not in self.mlp_only_layers
+        return self.num_experts > 0 and past_dense and (layer + 1) % self.decoder_sparse_step == 0
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of layer number `layer` sees, its own included; None: all."""
+        is_full = self.layer_types is not None and self.layer_types[layer] == "full_attention"
+        return None if is_full else self.sliding_window
