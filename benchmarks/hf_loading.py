@@ -108,10 +108,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (ours - theirs).abs().max() <= AGREE:
         raise ValueError(f"the loaded models disagree: logits {ours.tolist()} and {theirs.tolist()}")
     kind = QUICK if options.quick else FULL
-    record = {"environment": environment(torch.device("cpu")), "bytes": size, "runs": runs}
+    name = "hf_loading_quick" if options.quick else "hf_loading"
+    record = {
+        "benchmark": "hf_loading",
+        "mode": kind,
+        "environment": environment(torch.device("cpu")),
+        "bytes": size,
+        "runs": runs,
+    }
     print(headline(record["environment"]), "\n")
     print(render(record))
-    print(f"\nwritten: {save(f'hf_loading_{kind}', record, options.results)}")
+    print(f"\nwritten: {save(name, record, options.results)}")
     return 0
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_tables, layer_tables, scaling_tables
+from benchmarks import gpu_tables, hf, hf_loading, layer_tables, scaling_tables
 from benchmarks.record import FULL, RESULTS
 
 README = Path(__file__).parent / "README.md"
@@ -22,8 +22,10 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_tables.render,
     "scaling_full": scaling_tables.render,
     "gpu": gpu_tables.render,
+    "hf": hf.render,
+    "hf_loading": hf_loading.render,
 }
-FALLBACK = {"layer": "layer_quick", "scaling_full": "scaling_quick", "gpu": "gpu_quick"}
+FALLBACK = {name: f"{name.removesuffix('_full')}_quick" for name in RENDER}
 QUICK_NOTE = " **Quick settings: few sizes or seeds; a full measurement has not been made yet.**"
 
 
