@@ -1,24 +1,25 @@
 """Grouped-query attention with rotary embedding: where tokens are, what they see, and what they take from it.
 
 Axes: b batch, s new tokens, l all tokens so far (cached and new), d model width, n query heads, g key heads,
-c channels of a head.
-
-One forward pass makes one `Sight` (where each token is, what it may see), which all layers share; a layer
-with another reach is given another `Sight`.
+m places whose output is wanted, c channels of a head.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
+from moe.attend import attend
 from moe.decoder_config import DecoderConfig
 from moe.feed_forward import Projection
-from moe.kv_cache import KVCache, known
+from moe.kv_cache import KVCache
+from moe.places import At, select
 from moe.rotary import Rotation
+from moe.short_conv import ShortConv
+from moe.sight import Sight
 
 
 class RMSNorm(nn.Module):
@@ -45,57 +46,17 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sight:
-    """Where the new tokens are and what they may see.
+class Attended:
+    """What a layer read, and with which queries and keys: a loss may look where it looked.
 
-    positions  (b s) or (1 s) int64: a token's place among the real tokens of its row
-    allowed    (b 1 s l) bool: which keys a query may see; None leaves it to `is_causal`
-    is_causal  without `allowed`: a query sees the keys up to its own, or, when False, all of them
+    out      (b m d) at the places asked for
+    queries  (b n m c), scaled: a logit is their product with a key
+    keys     (b g l c); in a fork, those of its own tokens
     """
 
-    positions: Tensor
-    allowed: Tensor | None
-    is_causal: bool = False
-
-    @classmethod
-    def causal(
-        cls,
-        shape: tuple[int, int],
-        device: torch.device,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        window: int | None = None,
-    ) -> Self:
-        """Every real token sees itself and the real tokens before it, cached or new, within the window.
-
-        `shape` is (b s); `mask` (b s) bool is True at real tokens, None when all are. A padding token also
-        sees itself, so that no row of the softmax is empty; no real token sees a padding token. The window
-        counts places, padding included, as Hugging Face does.
-        """
-        s = shape[1]
-        past = 0 if cache is None else cache.length
-        seen = None if cache is None else cache.seen
-        window = None if window is None or window >= past + s else window
-        if mask is None and seen is None:
-            positions = torch.arange(past, past + s, device=device)[None]
-            if past == 0 and window is None:
-                return cls(positions, None, is_causal=True)
-            if s == 1 and window is None:
-                return cls(positions, None)
-            return cls(positions, _reach(s, past + s, window, device)[None, None])
-        real = known(mask, shape, device)
-        before = known(seen, (shape[0], past), device)
-        positions = (before.sum(1, keepdim=True) + real.cumsum(1) - 1).clamp(min=0)
-        keys = rearrange(torch.cat([before, real], dim=1), "b l -> b 1 1 l")
-        itself = torch.eye(s, dtype=torch.bool, device=device)
-        itself = F.pad(itself, (past, 0))
-        return cls(positions, keys & _reach(s, past + s, window, device) | itself)
-
-
-def _reach(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(s l) bool: the last query sees all keys, or the last `window`; every earlier one a key less."""
-    lower = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return lower if window is None else lower.triu(keys - queries - window + 1)
+    out: Tensor
+    queries: Tensor
+    keys: Tensor
 
 
 class GroupedQueryAttention(nn.Module):
@@ -103,13 +64,18 @@ class GroupedQueryAttention(nn.Module):
 
     With `use_qk_norm`, queries and keys are RMS-normalised before they are turned, each head by itself
     (Qwen3) or all at once (OLMoE). With `attention_sinks` each head has one more, learnt logit in its softmax
-    (gpt-oss).
+    (gpt-oss). With `use_ssmax`, in layers that see everything, the logits of a query that sees l keys are
+    multiplied by s log(l), s learnt for each head (Scalable-Softmax, 2501.19399): as keys grow in number, the
+    softmax stays as sharp. Layers outside `no_rope_layers` alone turn queries and keys by their place.
+    Letters of the layer's `canon_set` put short convolutions on queries, keys and values, or on keys alone.
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         n, g, c, d = config.num_attention_heads, config.kv_heads, config.head_size, config.hidden_size
         self.config, self.layer, self.head_size = config, layer, c
+        self.window, self.is_rotary = config.window(layer), config.is_rotary(layer)
+        self.scale = c**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         std, bias = config.initializer_range, config.attention_bias
         self.q_proj = Projection(d, n * c, std=std, bias=bias)
         self.k_proj = Projection(d, g * c, std=std, bias=bias)
@@ -122,17 +88,67 @@ class GroupedQueryAttention(nn.Module):
             heads = (n, g) if config.qk_norm == "full" else (1, 1)
             self.q_norm, self.k_norm = (RMSNorm(h * c, config.rms_norm_eps) for h in heads)
         self.sinks = nn.Parameter(torch.zeros(n)) if config.attention_sinks else None
+        self.q_conv, self.k_conv, self.v_conv = (
+            short_conv(config, layer, letters, heads * c, name)
+            for name, letters, heads in (("q", "B", n), ("k", "BK", g), ("v", "B", g))
+        )
+        self.ssmax = None
+        if config.use_ssmax and self.window is None:  # begins as an ordinary layer at the trained length
+            self.ssmax = nn.Parameter(torch.full((n,), 1 / math.log(config.max_position_embeddings)))
+        if config.attention_init == "induction" and self.window is None:
+            self._init_induction()
 
-    def forward(self, x: Tensor, sight: Sight, rotation: Rotation, cache: KVCache | None = None) -> Tensor:
-        """x (b s d) -> (b s d)."""
-        queries = self._heads(self.q_proj(x), self.q_norm)
-        keys = self._heads(self.k_proj(x), self.k_norm)
-        values = self._heads(self.v_proj(x), None)
-        queries, keys = rotation(queries), rotation(keys)
+    @torch.no_grad()
+    def _init_induction(self) -> None:
+        """Queries as keys, keys shifted by one token: a token looks for what followed its own likes.
+
+        That is an induction head (2209.11895) before any training; everything stays learnable.
+        """
+        keys = rearrange(self.k_proj.weight, "(g c) d -> g c d", c=self.head_size)
+        group = self.config.num_attention_heads // self.config.kv_heads
+        self.q_proj.weight.copy_(repeat(keys, "g c d -> (g r c) d", r=group))
+        assert self.k_conv is not None, "the config asks for a convolution on the keys"
+        self.k_conv.shift_()
+
+    def forward(
+        self,
+        x: Tensor,
+        sight: Sight,
+        rotation: Rotation,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        at: At = None,
+    ) -> Attended:
+        """x (b s d), mask (b s) -> (b m d) at the places `at`; keys and values come from all of x."""
+        if self.q_conv is None:
+            queries = self.q_proj(select(x, at))
+        else:
+            queries = select(self.q_conv(self.q_proj(x), mask, cache), at)
+        keys, values = self.k_proj(x), self.v_proj(x)
+        if self.k_conv is not None:
+            keys = self.k_conv(keys, mask, cache)
+        if self.v_conv is not None:
+            values = self.v_conv(values, mask, cache)
+        queries, keys = self._heads(queries, self.q_norm), self._heads(keys, self.k_norm)
+        values = self._heads(values, None)
+        if self.is_rotary:
+            queries, keys = rotation.narrowed(at)(queries), rotation(keys)
+        sight = sight.narrowed(at)
+        if self.ssmax is not None:
+            queries = queries * self._ssmax(sight.positions, queries.dtype)
+        shared = None
         if cache is not None:
-            keys, values = cache.append(self.layer, keys, values)
-        out = attend(queries, keys, values, sight, scale=self.config.attention_multiplier, sinks=self.sinks)
-        return self.o_proj(rearrange(out, "b n s c -> b s (n c)"))
+            keys, values = cache.append(self.layer, keys, values, window=self.window)
+            shared = cache.shared(self.layer)
+        out = attend(queries, keys, values, sight, scale=self.scale, sinks=self.sinks, shared=shared)
+        out = self.o_proj(rearrange(out, "b n m c -> b m (n c)"))
+        return Attended(out, queries * self.scale, keys)
+
+    def _ssmax(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """s log(l) for the l keys that a query sees, (b n m 1); log 1 = 0, where there is no choice."""
+        assert self.ssmax is not None
+        logs = (positions + 1).to(at_least_fp32(dtype)).log()
+        return einsum(self.ssmax.to(logs.dtype), logs, "n, b m -> b n m")[..., None].to(dtype)
 
     def _heads(self, x: Tensor, norm: "RMSNorm | None") -> Tensor:
         """Normalised, clamped and parted into heads: (b s (n c)) -> (b n s c)."""
@@ -144,52 +160,11 @@ class GroupedQueryAttention(nn.Module):
         return norm(x) if norm is not None and self.config.qk_norm == "head" else x
 
 
-def attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sight: Sight,
-    *,
-    scale: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """queries (b n s c), keys (b g l c), values (b g l c') -> (b n s c').
-
-    scale: of the products; None: 1 / sqrt(c). sinks (n): a logit of each head that joins its softmax.
-
-    With a mask on CUDA the key heads are repeated: of the kernels that take a mask, only the one that
-    writes all s * l weights to memory shares key heads.
-    """
-    if sinks is not None:
-        return _attend_with_sinks(queries, keys, values, sight, scale, sinks)
-    if sight.allowed is not None and keys.is_cuda:
-        shared = queries.shape[1] // keys.shape[1]
-        keys, values = (repeat(x, "b g l c -> b (g r) l c", r=shared) for x in (keys, values))
-    return F.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=sight.allowed,
-        is_causal=sight.is_causal,
-        scale=scale,
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )
-
-
-def _attend_with_sinks(
-    queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: float | None, sinks: Tensor
-) -> Tensor:
-    """With all s * l weights in memory: torch's fused attention knows no sink. Softmax in fp32 or wider."""
-    g, (s, c), l = keys.shape[1], queries.shape[2:], keys.shape[2]
-    queries = rearrange(queries, "b (g r) s c -> b g r s c", g=g)
-    scores = einsum(queries * (scale or c**-0.5), keys, "b g r s c, b g l c -> b g r s l")
-    scores = scores.to(at_least_fp32(scores.dtype))
-    allowed = _reach(s, l, None, keys.device)[None, None] if sight.is_causal else sight.allowed
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed[:, :, None], -torch.inf)
-    sink = repeat(sinks.to(scores.dtype), "(g r) -> b g r s 1", g=g, b=len(scores), s=s)
-    weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1].to(values.dtype)
-    return rearrange(einsum(weights, values, "b g r s l, b g l c -> b g r s c"), "b g r s c -> b (g r) s c")
+def short_conv(config: DecoderConfig, layer: int, letters: str, channels: int, name: str) -> ShortConv | None:
+    """The convolution of a layer that has one of the letters in its `canon_set`."""
+    if not set(letters) & set(config.canon_letters(layer)):
+        return None
+    return ShortConv(channels, config.canon_kernel, f"{layer}.{name}")
 
 
 def residual_scale(config: DecoderConfig) -> float:

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.attention import GroupedQueryAttention, RMSNorm, Sight, residual_scale
+from moe.attention import Attended, GroupedQueryAttention, RMSNorm, residual_scale, short_conv
 from moe.checkpoint import (
     MAX_SHARD_BYTES,
     atomic_folder,
@@ -38,9 +38,11 @@ from moe.latent_attention import LatentAttention
 from moe.layer import MoE
 from moe.losses import load_balancing_loss, router_z_loss
 from moe.ops.choose import Backend
+from moe.places import At, check_places, select
 from moe.plan import RoutingPlan
 from moe.rotary import Rotation
 from moe.routing import Routing
+from moe.sight import Sight
 from moe.tensor_files import TensorReader, list_tensors
 
 if TYPE_CHECKING:
@@ -79,11 +81,27 @@ class DecoderLoss:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hidden:
-    """What the layers computed: states (b s d) after the final norm, and the routing of each MoE layer."""
+    """What the layers computed.
+
+    states           (b m d) after the final norm, at the places asked for
+    routings, plans  of each MoE layer; of a last layer that computed some places only, of those
+    attended         what the last layer looked at, and with what
+    """
 
     states: Tensor
     routings: tuple[Routing, ...]
     plans: tuple[RoutingPlan, ...]
+    attended: Attended
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockOutput:
+    """What one layer computed: x (b m d); routing and plan of a MoE feed-forward; what attention read."""
+
+    x: Tensor
+    routing: Routing | None
+    plan: RoutingPlan | None
+    attended: Attended
 
 
 class Block(nn.Module):
@@ -92,12 +110,14 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, *, backend: Backend = "auto") -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_conv = short_conv(config, layer, "A", config.hidden_size, "input")
         self.self_attn = (
             GroupedQueryAttention(config, layer)
             if config.kv_lora_rank is None
             else LatentAttention(config, layer)
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_conv = short_conv(config, layer, "C", config.hidden_size, "post_attention")
         self.mlp = (
             MoE(config, backend=backend, output_scale=residual_scale(config))
             if config.is_moe_layer(layer)
@@ -106,15 +126,42 @@ class Block(nn.Module):
         self.residual_multiplier = config.residual_multiplier
 
     def forward(
-        self, x: Tensor, sight: Sight, rotation: Rotation, mask: Tensor | None, cache: KVCache | None
-    ) -> tuple[Tensor, Routing | None, RoutingPlan | None]:
-        """x (b s d) -> x (b s d), and routing and plan where the feed-forward is sparse."""
-        x = self._add(x, self.self_attn(self.input_layernorm(x), sight, rotation, cache))
+        self,
+        x: Tensor,
+        sight: Sight,
+        rotation: Rotation,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        at: At = None,
+    ) -> BlockOutput:
+        """x (b s d) -> x (b m d) at the places `at`; keys and values come from all of x."""
+        wanted = at
+        if self.post_attention_conv is not None and at is not None:
+            at = self._with_halo(at, x.shape[1])
+        normed = self.input_layernorm(x)
+        if self.input_conv is not None:
+            normed = self.input_conv(normed, mask, cache)
+        attended = self.self_attn(normed, sight, rotation, mask, cache, at)
+        x, mask = self._add(select(x, at), attended.out), None if mask is None else select(mask, at)
         normed = self.post_attention_layernorm(x)
+        if self.post_attention_conv is not None:
+            normed = self.post_attention_conv(normed, mask, cache)
+            if isinstance(wanted, int):
+                x, normed, mask = (y if y is None else select(y, wanted) for y in (x, normed, mask))
         if isinstance(self.mlp, SwiGLU):
-            return self._add(x, self.mlp(normed)), None, None
+            return BlockOutput(self._add(x, self.mlp(normed)), None, None, attended)
         output = self.mlp(normed, mask)
-        return self._add(x, output.y), output.routing, output.plan
+        return BlockOutput(self._add(x, output.y), output.routing, output.plan, attended)
+
+    def _with_halo(self, at: At, s: int) -> int:
+        """The last places that the convolution behind attention reads for the last `at`."""
+        if not isinstance(at, int):
+            raise ValueError(
+                "at: the last layer has a convolution before its feed-forward (C in canon_set), which reads "
+                "neighbours; give a number of last places."
+            )
+        assert self.post_attention_conv is not None
+        return min(s, at + len(self.post_attention_conv.weight) - 1)
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self.residual_multiplier == 1 else x + self.residual_multiplier * y
@@ -145,8 +192,9 @@ class Backbone(nn.Module):
     def __init__(self, config: DecoderConfig, *, backend: Backend = "auto") -> None:
         super().__init__()
         self.config = config
+        std = config.embedding_initializer_range
         self.embed_tokens = TokenEmbedding(
-            config.vocab_size, config.hidden_size, std=config.initializer_range
+            config.vocab_size, config.hidden_size, std=config.initializer_range if std is None else std
         )
         self.layers = nn.ModuleList(
             Block(config, layer, backend=backend) for layer in range(config.num_hidden_layers)
@@ -158,33 +206,41 @@ class Backbone(nn.Module):
         ids: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        at: At = None,
         *,
         checkpoint_blocks: bool = False,
     ) -> Hidden:
-        """ids (b s), mask (b s) -> Hidden; the cache, if any, is extended by s tokens."""
+        """ids (b s), mask (b s) -> Hidden at the places `at`; the cache, if any, is extended by s tokens."""
         x = self.embed_tokens(ids)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
+        if cache is not None:
+            cache.begin()
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
         shape = (ids.shape[0], ids.shape[1])
         sights = {window: Sight.causal(shape, ids.device, mask, cache, window) for window in set(windows)}
-        rotation = self._rotation(sights[windows[0]].positions, x.dtype)
-        routings: list[Routing] = []
-        plans: list[RoutingPlan] = []
-        for block, window in zip(self.layers, windows, strict=True):
-            sight = sights[window]
+        reach = shape[1] + (0 if cache is None else cache.length)
+        rotation = self._rotation(sights[windows[0]].positions, x.dtype, reach)
+        outputs: list[BlockOutput] = []
+        for layer, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
+            places = at if layer == len(windows) - 1 else None
+            arguments = (x, sights[window], rotation, mask, cache, places)
             if checkpoint_blocks:
-                x, routing, plan = checkpoint(block, x, sight, rotation, mask, cache, use_reentrant=False)
+                output = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, routing, plan = block(x, sight, rotation, mask, cache)
-            if routing is not None:
-                routings.append(routing)
-                plans.append(plan)
+                output = block(*arguments)
+            x = output.x
+            outputs.append(output)
         if cache is not None:
             cache.advance(ids.shape[1], mask)
-        return Hidden(self.norm(x), tuple(routings), tuple(plans))
+        return Hidden(
+            self.norm(x),
+            tuple(output.routing for output in outputs if output.routing is not None),
+            tuple(output.plan for output in outputs if output.plan is not None),
+            outputs[-1].attended,
+        )
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+    def _rotation(self, positions: Tensor, dtype: torch.dtype, reach: int) -> Rotation:
         config = self.config
         return Rotation.at(
             positions,
@@ -194,6 +250,7 @@ class Backbone(nn.Module):
             scaling=config.rope_scaling,
             max_position_embeddings=config.max_position_embeddings,
             interleaved=config.rope_interleave,
+            reach=reach,
         )
 
 
@@ -202,12 +259,15 @@ class Decoder(nn.Module):
 
     | parameter                              | drawn from                                              |
     |----------------------------------------|---------------------------------------------------------|
-    | embed_tokens, lm_head (when untied)    | N(0, initializer_range²)                                |
+    | embed_tokens                           | N(0, embedding_initializer_range²)                      |
+    | lm_head (when untied)                  | N(0, initializer_range²)                                |
     | q_proj, k_proj, v_proj, router         | N(0, initializer_range²)                                |
     | gate_proj, up_proj, gate_up_proj       | N(0, initializer_range²)                                |
     | o_proj, down_proj (dense, each expert) | N(0, initializer_range² / (2 num_hidden_layers))        |
     | norms                                  | 1                                                       |
     | biases                                 | 0                                                       |
+    | short convolutions                     | N(0, 0.1²) beside the residual                          |
+    | ssmax                                  | 1 / log(max_position_embeddings)                        |
 
     0.02 and the smaller output projections are GPT-2's (Radford et al. 2019, section 2.3), in the form of
     Megatron-LM (1909.08053). An expert is drawn exactly as a dense layer is.
@@ -255,12 +315,22 @@ class Decoder(nn.Module):
         hidden = self.hidden(ids, mask=mask, cache=cache)
         return DecoderOutput(self.logits(hidden.states), hidden.states, hidden.routings, hidden.plans)
 
-    def hidden(self, ids: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None) -> Hidden:
-        """As `forward`, without the logits."""
+    def hidden(
+        self, ids: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None, at: At = None
+    ) -> Hidden:
+        """As `forward`, without the logits, and for some places only if asked.
+
+        at: a number m for the last m places, or places (b m) int64. The last layer then computes keys and
+        values for all tokens, and all else for these places alone: less work, the same states. A cache is
+        filled as by a whole pass; with 0 places that is all that is done.
+        """
         _check_ids(ids, self.config.vocab_size)
         _check_mask(mask, ids)
+        check_places(at, (ids.shape[0], ids.shape[1]))
+        if isinstance(at, Tensor) and cache is not None:
+            raise ValueError("at: with a cache, give a number of last places, not a tensor of them.")
         recompute = self.checkpoint_blocks and torch.is_grad_enabled() and cache is None
-        return self.model(ids, mask, cache, checkpoint_blocks=recompute)
+        return self.model(ids, mask, cache, at, checkpoint_blocks=recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (... d) -> (... v)."""

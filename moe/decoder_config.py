@@ -11,6 +11,8 @@ LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
 LossGranularity = Literal["layer", "sequence"]
 QKNorm = Literal["head", "full"]
 LayerType = Literal["full_attention", "sliding_attention"]
+AttentionInit = Literal["normal", "induction"]
+LETTERS: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attention"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +55,23 @@ class DecoderConfig(MoEConfig):
     attention_sinks: bool = False  # a learnt logit a head in the softmax, without a value (gpt-oss)
     attention_multiplier: float | None = None  # scale of q . k; None: 1 / sqrt(channels of a head)
     sliding_window: int | None = None  # a query sees so many tokens, its own included
-    layer_types: tuple[LayerType, ...] | None = None  # None: all sliding with a sliding_window, else all full
+    # None: all sliding with a sliding_window, else all full. Also a pattern: "LLG" is two sliding (local)
+    # layers and a full (global) one, "LLLGx2" the same twice
+    layer_types: tuple[LayerType, ...] | str | None = None
+    use_ssmax: bool = False  # full layers: logits grow with the logarithm of the number of keys (2501.19399)
+    attention_init: AttentionInit = "normal"  # "induction": full layers begin as induction heads
+
+    # Short causal convolutions (Canon layers, 2512.17351): one word for each layer, of the letters
+    # A before attention, B on queries, keys and values, K on keys alone, C before the feed-forward
+    canon_set: tuple[str, ...] | None = None
+    canon_kernel: int = 4  # taps: the token itself and those before it
 
     # Rotary embedding
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0  # the share of a head's channels that turn
+    no_rope_layers: tuple[int, ...] | None = None  # for each layer 1: rotary, 0: no positions (NoPE), as HF
     rope_interleave: bool = False  # pairs are neighbours (DeepSeek, ERNIE), not the two halves
 
     # Multi-head latent attention
@@ -74,6 +86,8 @@ class DecoderConfig(MoEConfig):
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0  # logits are divided by it
 
+    embedding_initializer_range: float | None = None  # None: as initializer_range
+
     # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
     router_aux_loss_coef: float = 0.0
     router_aux_loss_convention: LossConvention = "megatron"
@@ -83,6 +97,8 @@ class DecoderConfig(MoEConfig):
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):  # plain data, as to_dict makes it
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        if isinstance(self.layer_types, str):
+            object.__setattr__(self, "layer_types", layer_pattern(self.layer_types))
         MoEConfig.__post_init__(self)
         for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "kv_heads"):
             require_positive(self, name)
@@ -115,7 +131,7 @@ class DecoderConfig(MoEConfig):
         if self.kv_lora_rank is not None:
             for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 require_positive(self, name)
-            for name in ("use_qk_norm", "attention_sinks", "clip_qkv"):
+            for name in ("use_qk_norm", "attention_sinks", "clip_qkv", "use_ssmax", "no_rope_layers"):
                 if getattr(self, name):
                     raise ValueError(f"{name}={getattr(self, name)}: latent attention has none.")
 
@@ -127,6 +143,14 @@ class DecoderConfig(MoEConfig):
             )
         if self.intermediate_size is None and not all(map(self.is_moe_layer, layers)):
             raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
+        self._check_convolutions()
+        if self.no_rope_layers is not None and (
+            len(self.no_rope_layers) != len(layers) or not set(self.no_rope_layers) <= {0, 1}
+        ):
+            raise ValueError(
+                f"no_rope_layers={self.no_rope_layers} must be {len(layers)} numbers, 1 for a layer with "
+                f"rotary embedding and 0 for one without positions."
+            )
         if self.layer_types is None:
             return
         if len(self.layer_types) != len(layers):
@@ -135,6 +159,27 @@ class DecoderConfig(MoEConfig):
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
+
+    def _check_convolutions(self) -> None:
+        words = self.canon_set
+        if words is not None and (
+            len(words) != self.num_hidden_layers or any(set(word) - set("ABKC") for word in words)
+        ):
+            raise ValueError(
+                f"canon_set={words} must be a word for each of the {self.num_hidden_layers} layers, of the "
+                f"letters A, B, K and C; an empty word is a layer without convolutions."
+            )
+        if self.canon_kernel < 2:
+            raise ValueError(f"canon_kernel={self.canon_kernel} must be at least 2: one tap is the token.")
+        if self.kv_lora_rank is not None and any(set(word) & set("BK") for word in words or ()):
+            raise ValueError(f"canon_set={words}: latent attention has no convolutions B and K.")
+        if self.attention_init == "induction":
+            full = [i for i in range(self.num_hidden_layers) if self.window(i) is None]
+            if self.kv_lora_rank is not None or not all(set(self.canon_letters(i)) & set("BK") for i in full):
+                raise ValueError(
+                    f'attention_init="induction" shifts the keys of full layers {full} by one token: each '
+                    f"needs B or K in canon_set={words}."
+                )
 
     @property
     def kv_heads(self) -> int:
@@ -164,3 +209,26 @@ class DecoderConfig(MoEConfig):
         """How many tokens a query of layer number `layer` sees, its own included; None: all."""
         is_full = self.layer_types is not None and self.layer_types[layer] == "full_attention"
         return None if is_full else self.sliding_window
+
+    def is_rotary(self, layer: int) -> bool:
+        """Whether layer number `layer` turns queries and keys by their places."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
+
+    def canon_letters(self, layer: int) -> str:
+        """Where layer number `layer` has short convolutions."""
+        return "" if self.canon_set is None else self.canon_set[layer]
+
+
+def layer_pattern(pattern: str) -> tuple[LayerType, ...]:
+    """The types of layers that a pattern such as "LLG" or "LLLGx2" stands for.
+
+    Raises:
+        ValueError: other letters, or no number after the x.
+    """
+    letters, times, count = pattern.partition("x")
+    if not letters or set(letters) - set(LETTERS) or (times and not (count.isdecimal() and int(count))):
+        raise ValueError(
+            f"layer_types={pattern!r} must be letters L (sliding) and G (full), such as \"LLG\", or those "
+            f'and how often they come, such as "LLLGx2".'
+        )
+    return tuple(LETTERS[letter] for letter in letters) * int(count or 1)

@@ -185,7 +185,7 @@ def _steps(decoder: "Decoder", ids: Tensor, sampling: Sampling) -> Iterator[Tens
     tokens, mask = ids, sampling.mask
     for _ in range(sampling.max_new_tokens):
         with _evaluating(decoder):
-            last = decoder.hidden(tokens, mask=mask, cache=cache).states[:, -1]
+            last = decoder.hidden(tokens, mask=mask, cache=cache, at=1).states[:, -1]
             drawn = sampling.draw(decoder.logits(last), generator)
         yield drawn.masked_fill(torch.tensor(ended.rows, device=ids.device), STOPPED)
         if ended.after(drawn):

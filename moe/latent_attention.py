@@ -7,11 +7,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from moe.attention import RMSNorm, Sight, attend, residual_scale
+from moe.attend import attend
+from moe.attention import Attended, RMSNorm, residual_scale
 from moe.decoder_config import DecoderConfig
 from moe.feed_forward import Projection
 from moe.kv_cache import KVCache
+from moe.places import At, select
 from moe.rotary import Rotation, yarn_mscale
+from moe.sight import Sight
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps is: DeepSeek's models have it so
 
@@ -28,7 +31,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         n, d, rank = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
         assert rank is not None, "the decoder builds it for configs with kv_lora_rank"
-        self.layer, self.rank = layer, rank
+        self.layer, self.rank, self.window = layer, rank, config.window(layer)
         self.still, self.turning, self.value_size = (
             config.qk_nope_head_dim,
             config.qk_rope_head_dim,
@@ -52,20 +55,34 @@ class LatentAttention(nn.Module):
         if scaling is not None and scaling.mscale_all_dim and scaling.factor is not None:
             self.scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
-    def forward(self, x: Tensor, sight: Sight, rotation: Rotation, cache: KVCache | None = None) -> Tensor:
-        """x (b s d) -> (b s d)."""
-        still, turning = self._queries(x).split([self.still, self.turning], dim=-1)
-        queries = torch.cat([still, rotation(turning)], dim=-1)
+    def forward(
+        self,
+        x: Tensor,
+        sight: Sight,
+        rotation: Rotation,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        at: At = None,
+    ) -> Attended:
+        """x (b s d) -> (b m d) at the places `at`; keys and values come from all of x."""
+        still, turning = self._queries(select(x, at)).split([self.still, self.turning], dim=-1)
+        queries = torch.cat([still, rotation.narrowed(at)(turning)], dim=-1)
         latent, shared = self.kv_a_proj_with_mqa(x).split([self.rank, self.turning], dim=-1)
         latent, shared = self.kv_a_layernorm(latent)[:, None], rotation(shared[:, None])
         if cache is not None:
-            latent, shared = cache.append(self.layer, latent, shared)
+            latent, shared = cache.append(self.layer, latent, shared, window=self.window)
+            if (before := cache.shared(self.layer)) is not None:
+                latent, shared = (
+                    torch.cat([old.expand(len(new), -1, -1, -1), new], dim=2)
+                    for old, new in zip(before, (latent, shared), strict=True)
+                )
+            latent, shared = latent.to(x.dtype), shared.to(x.dtype)
         width = self.still + self.value_size
         both = rearrange(self.kv_b_proj(latent), "b 1 l (n c) -> b n l c", c=width)
         still, values = both.split([self.still, self.value_size], dim=-1)
         keys = torch.cat([still, shared.expand(-1, still.shape[1], -1, -1)], dim=-1)
-        out = attend(queries, keys, values, sight, scale=self.scale)
-        return self.o_proj(rearrange(out, "b n s c -> b s (n c)"))
+        out = attend(queries, keys, values, sight.narrowed(at), scale=self.scale)
+        return Attended(self.o_proj(rearrange(out, "b n m c -> b m (n c)")), queries * self.scale, keys)
 
     def _queries(self, x: Tensor) -> Tensor:
         """(b s d) -> (b n s c)."""

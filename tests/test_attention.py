@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.attention import GroupedQueryAttention, RMSNorm, Sight, attend
+from moe.attend import attend
+from moe.attention import GroupedQueryAttention, RMSNorm
 from moe.decoder_config import DecoderConfig
 from moe.kv_cache import KVCache
 from moe.rotary import Rotation
+from moe.sight import Sight
 
 
 def config(**changes) -> DecoderConfig:
@@ -80,7 +82,7 @@ def test_attention_equals_its_definition_in_value_and_gradient(heads, qk_norm):
     settings = config(num_attention_heads=n, num_key_value_heads=g, use_qk_norm=qk_norm, rope_theta=100.0)
     attention = drawn(GroupedQueryAttention(settings, 0))
     x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
-    ours = attention(x, *causal(x, 4, 100.0))
+    ours = attention(x, *causal(x, 4, 100.0)).out
     truth = attention_definition(attention, x, n, g, 100.0)
     torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
     leaves = [x, *attention.parameters()]
@@ -96,11 +98,11 @@ def test_attention_equals_its_definition_in_value_and_gradient(heads, qk_norm):
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
     attention = drawn(GroupedQueryAttention(config(use_qk_norm=True, rms_norm_eps=1e-12), 0))
     x = torch.randn(1, 5, 24, dtype=torch.float64)
-    before = attention(x, *causal(x, 4, 10000.0))
+    before = attention(x, *causal(x, 4, 10000.0)).out
     with torch.no_grad():
         attention.q_proj.weight.mul_(7)
         attention.k_proj.weight.mul_(0.3)
-    torch.testing.assert_close(attention(x, *causal(x, 4, 10000.0)), before)
+    torch.testing.assert_close(attention(x, *causal(x, 4, 10000.0)).out, before)
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,9 +9,10 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from moe import Decoder, DecoderConfig, count_parameters, flops_per_token
-from moe.attention import Sight, attend
+from moe.attend import attend
 from moe.kv_cache import KVCache
 from moe.rotary import RopeScaling, Rotation
+from moe.sight import Sight
 
 BASE = DecoderConfig(
     vocab_size=23,

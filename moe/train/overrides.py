@@ -136,8 +136,10 @@ def convert(value: Any, expected: Any, what: str) -> Any:
 
 
 def _convert_optional(value: Any, expected: Any, what: str) -> Any:
-    """A union of one type and None; TOML has no null, so the word none stands for it."""
+    """A union of one type and None, or text; TOML has no null, so the word none stands for it."""
     inner = next(kind for kind in get_args(expected) if kind is not types.NoneType)
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         return None
+    if isinstance(value, str) and str in get_args(expected):
+        return value
     return convert(value, inner, what)
