@@ -1,0 +1,232 @@
+"""A haystack: real text, never repeated, with needles of all templates inserted at random places.
+
+All its needles compete: keys differ over all templates, and many keys and values are almost those of others.
+Every question is to be asked alone, after the whole haystack. Building one moves whole slices, so that ten
+million bytes take little more than two copies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe.probes.needle.needles import RANDOM_TEMPLATES, Fact, Template, change_one, draw_needles
+
+BYTES_PER_NEEDLE = 256
+LONG = 2**20  # bytes; a longer haystack may have more needles
+MOST_NEEDLES, MOST_NEEDLES_LONG = 2000, 5000
+QUINTILES = 5
+LINE_REACH = 4096  # a needle moves on to the next line start, unless that is so many bytes away
+_NEWLINE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked after the haystack.
+
+    `depth` is the place of the needle as a share of the haystack, `place` the position of its first byte.
+    """
+
+    query: bytes
+    answer: bytes
+    depth: float
+    template: str
+    place: int
+
+    @property
+    def quintile(self) -> int:
+        """0 for a needle in the first fifth of the haystack, 4 for one in the last."""
+        return int(self.depth * QUINTILES)
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """A fact in a haystack, written by `template` from position `place` on."""
+
+    fact: Fact
+    template: str
+    place: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Haystack:
+    """ids (n) uint8, the questions in random order, and all needles in the order of their places.
+
+    With `shuffled_values` the values in `ids` and `needles` are not the answers of the questions.
+    """
+
+    ids: NDArray[np.uint8]
+    questions: tuple[Question, ...]
+    needles: tuple[Needle, ...]
+    shuffled_values: bool = False
+
+
+def default_needles(length: int) -> int:
+    """One needle per 256 bytes; at most 2000 up to a million bytes, and 5000 beyond."""
+    return min(length // BYTES_PER_NEEDLE, MOST_NEEDLES if length <= LONG else MOST_NEEDLES_LONG)
+
+
+def build_haystack(
+    text: NDArray[np.uint8],
+    *,
+    length: int,
+    queries: int,
+    seed: int,
+    needles: int | None = None,
+    templates: Sequence[str] = ("key_value", "sentence"),
+    near_duplicate_keys: float = 0.3,
+    near_duplicate_values: float = 0.5,
+    shuffle_values: bool = False,
+) -> Haystack:
+    """A haystack of exactly `length` bytes, and `queries` questions for each template.
+
+    The text in it is consecutive, from a random place of `text`. `needles` (None: `default_needles`) are
+    shared equally by the templates. The questions of a template are as many in each fifth of the depth as the
+    needles allow. `shuffle_values` is the control: after the questions are made, every needle is given the
+    value of another one, so that recall must be at chance. needles=1 is a needle without competitors.
+
+    Raises:
+        ValueError: a text shorter than the haystack needs, more questions than needles, no question, or
+            needles that do not fit.
+    """
+    rng = np.random.default_rng([seed, length])
+    chosen = _templates(templates)
+    count = default_needles(length) if needles is None else needles
+    _check_counts(count, queries, chosen, length)
+    facts = draw_needles(
+        rng, count, near_duplicate_keys=near_duplicate_keys, near_duplicate_values=near_duplicate_values
+    )
+    template_of = [chosen[i] for i in rng.permutation(np.arange(count) % len(chosen)).tolist()]
+    order = rng.permutation(count).tolist()  # near-duplicates are drawn one after another, but lie anywhere
+    writings = [Writing(template_of[i], facts[i]) for i in order]
+    points, window = _choose_places(rng, text, length, writings)
+    questions = _ask(rng, writings, starts_of(points, writings), length, queries)
+    if shuffle_values:
+        writings = _shuffle_values(rng, writings)
+    ids = insert(window, points, writings)
+    return Haystack(ids, questions, _needles(points, writings), shuffle_values)
+
+
+class Writing(NamedTuple):
+    """A fact and the template that writes it."""
+
+    template: Template
+    fact: Fact
+
+    @property
+    def line(self) -> bytes:
+        """The needle."""
+        return self.template.write(self.fact)
+
+
+def insert(
+    window: NDArray[np.uint8], points: NDArray[np.int64], writings: Sequence[Writing]
+) -> NDArray[np.uint8]:
+    """The text with needle i inserted before its byte number points[i]; points ascend."""
+    lines = [np.frombuffer(writing.line, np.uint8) for writing in writings]
+    pieces = np.split(window, points)
+    return np.concatenate([part for pair in zip(pieces, lines, strict=False) for part in pair] + pieces[-1:])
+
+
+def starts_of(points: NDArray[np.int64], writings: Sequence[Writing]) -> NDArray[np.int64]:
+    """Where in the haystack the needles begin that are inserted at these points of the text."""
+    sizes = np.array([len(writing.line) for writing in writings], np.int64)
+    return points + sizes.cumsum() - sizes
+
+
+def line_points(rng: np.random.Generator, window: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
+    """`count` random places of the text in ascending order, each moved on to the next start of a line."""
+    points = np.sort(rng.integers(len(window) + 1, size=count))
+    line_starts = np.flatnonzero(window == _NEWLINE) + 1
+    following = np.append(line_starts, np.iinfo(np.int64).max)[np.searchsorted(line_starts, points)]
+    return np.where(following - points < LINE_REACH, following, points)
+
+
+def _templates(names: Sequence[str]) -> list[Template]:
+    unknown = [name for name in names if name not in RANDOM_TEMPLATES]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"templates={list(names)} must be different ones of {list(RANDOM_TEMPLATES)}, at least one."
+        )
+    return [RANDOM_TEMPLATES[name] for name in names]
+
+
+def _check_counts(needles: int, queries: int, templates: list[Template], length: int) -> None:
+    if queries < 1:
+        raise ValueError(f"queries={queries} must be at least 1: recall is measured by asking.")
+    fewest = needles // len(templates)
+    if queries > fewest:
+        raise ValueError(
+            f"queries={queries} for each of {len(templates)} templates, but a haystack of {length} bytes "
+            f"with {needles} needles has {fewest} of each: every needle is asked for once. "
+            f"Ask fewer, build more haystacks, or raise needles."
+        )
+
+
+def _choose_places(
+    rng: np.random.Generator, text: NDArray[np.uint8], length: int, writings: Sequence[Writing]
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Where in the chosen part of the text the needles go, and that part."""
+    needed = length - sum(len(writing.line) for writing in writings)
+    if needed < 0:
+        raise ValueError(
+            f"{len(writings)} needles have {length - needed} bytes and the haystack only {length}. "
+            f"Take fewer needles or a longer haystack."
+        )
+    if len(text) < needed:
+        raise ValueError(
+            f"a haystack of {length} bytes needs {needed} bytes of text beside its needles, "
+            f"and there are {len(text)}. "
+            f"Give more text or a shorter length."
+        )
+    start = int(rng.integers(len(text) - needed + 1))
+    window = text[start : start + needed]
+    return line_points(rng, window, len(writings)), window
+
+
+def _ask(
+    rng: np.random.Generator,
+    writings: Sequence[Writing],
+    starts: NDArray[np.int64],
+    length: int,
+    queries: int,
+) -> tuple[Question, ...]:
+    questions = [
+        Question(template.ask(fact.key), fact.value, start / length, template.name, start)
+        for (template, fact), start in zip(writings, starts.tolist(), strict=True)
+    ]
+    chosen = []
+    for name in dict.fromkeys(question.template for question in questions):
+        of_template = [question for question in questions if question.template == name]
+        chosen += choose_balanced(rng, of_template, queries)
+    return tuple(chosen[i] for i in rng.permutation(len(chosen)).tolist())
+
+
+def choose_balanced(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:
+    """`count` of the questions, as many from each fifth of the depth as there are; at random otherwise."""
+    turn: list[tuple[int, float, int]] = []
+    asked = [0] * QUINTILES
+    for i in rng.permutation(len(questions)).tolist():
+        quintile = questions[i].quintile
+        turn.append((asked[quintile], rng.random(), i))  # one of each fifth before a second one of any
+        asked[quintile] += 1
+    return [questions[i] for _, _, i in sorted(turn)[:count]]
+
+
+def _shuffle_values(rng: np.random.Generator, writings: list[Writing]) -> list[Writing]:
+    """Every fact with the value of another one; with another digit where that is the same value."""
+    order = rng.permutation(len(writings))
+    shuffled = list(writings)
+    for to, source in zip(order.tolist(), np.roll(order, 1).tolist(), strict=True):
+        fact, value = writings[to].fact, writings[source].fact.value
+        if value == fact.value:
+            value = change_one(value, 0, int(rng.integers(1, 10)), ord("0"), 10)
+        shuffled[to] = Writing(writings[to].template, Fact(fact.key, value))
+    return shuffled
+
+
+def _needles(points: NDArray[np.int64], writings: Sequence[Writing]) -> tuple[Needle, ...]:
+    starts = starts_of(points, writings).tolist()
+    return tuple(Needle(w.fact, w.template.name, start) for w, start in zip(writings, starts, strict=True))

@@ -1,0 +1,149 @@
+"""What is hidden and how it is asked for: the templates, and facts that are easy to mistake for each other.
+
+A *fact* is a key and its value. A template writes it down as a *needle* and asks for it with a *query*,
+after which the value is the answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+KEY_LETTERS = (4, 8)  # fewest and most
+VALUE_DIGITS = 6
+RECENT_VALUES = 20  # a near-duplicate value imitates one of so many before it
+_A, _LETTERS, _ZERO = ord("a"), 26, ord("0")
+
+
+class Fact(NamedTuple):
+    """What a needle says: the value of a key."""
+
+    key: bytes
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a fact is written down and asked for.
+
+    The needle is needle[0], key, needle[1], value, needle[2]; the query is query[0], key, query[1]. What
+    stands before the value is the same byte in both, so that attention to "the byte after what I just saw"
+    finds it. `close` follows the answer where another text comes after it. `mean_key` and `mean_value` are
+    lengths to plan with.
+    """
+
+    name: str
+    needle: tuple[bytes, bytes, bytes]
+    query: tuple[bytes, bytes]
+    close: bytes = b"\n"
+    mean_key: float = sum(KEY_LETTERS) / 2
+    mean_value: float = VALUE_DIGITS
+
+    def write(self, fact: Fact) -> bytes:
+        """The needle."""
+        before, between, after = self.needle
+        return b"".join((before, fact.key, between, fact.value, after))
+
+    def ask(self, key: bytes) -> bytes:
+        """The query; the value is to follow."""
+        return key.join(self.query)
+
+    def value_start(self, key: bytes) -> int:
+        """Where in the needle the value begins."""
+        return len(self.needle[0]) + len(key) + len(self.needle[1])
+
+    @property
+    def pair_bytes(self) -> int:
+        """Length of a needle, its query and its closed answer without keys and values."""
+        return sum(map(len, (*self.needle, *self.query, self.close)))
+
+    @property
+    def mean_pair_bytes(self) -> float:
+        """`pair_bytes` with a key and a value of mean length, each of them twice."""
+        return self.pair_bytes + 2 * (self.mean_key + self.mean_value)
+
+
+# The templates whose keys and values are random.
+RANDOM_TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template("key_value", needle=(b"@", b"=", b";\n"), query=(b"?", b"=")),
+        Template(
+            "sentence",
+            needle=(b"# the magic number of ", b" is ", b".\n"),
+            query=(b"# what is the magic number of ", b"? it is "),
+        ),
+    )
+}
+TEMPLATES = RANDOM_TEMPLATES
+
+
+def draw_needles(
+    rng: np.random.Generator, count: int, *, near_duplicate_keys: float, near_duplicate_values: float
+) -> list[Fact]:
+    """Facts with different keys of 4 to 8 lower-case letters and values of 6 digits.
+
+    Each key is, with probability `near_duplicate_keys`, an earlier one with one letter changed; each value,
+    with probability `near_duplicate_values`, one of the last 20 with one digit changed.
+    """
+    keys = _draw_keys(rng, count, near_duplicate_keys)
+    values = _draw_values(rng, count, near_duplicate_values)
+    return [Fact(key, value) for key, value in zip(keys, values, strict=True)]
+
+
+def draw_value(rng: np.random.Generator) -> bytes:
+    """A value of 6 random digits."""
+    return b"%0*d" % (VALUE_DIGITS, rng.integers(10**VALUE_DIGITS))
+
+
+def change_one(text: bytes, place: int, shift: int, first: int, size: int) -> bytes:
+    """`text` with one character moved on by `shift` in the cycle of `size` characters that begins at `first`.
+
+    Another character for every shift from 1 to size - 1.
+    """
+    changed = bytearray(text)
+    changed[place] = first + (text[place] - first + shift) % size
+    return bytes(changed)
+
+
+def _draw_keys(rng: np.random.Generator, count: int, near_duplicates: float) -> list[bytes]:
+    """Different keys, in the order drawn. A key that is there already is drawn again."""
+    keys: list[bytes] = []
+    seen: set[bytes] = set()
+    while len(keys) < count:
+        for key, imitates, which, where, shift in _key_draws(rng, count - len(keys), near_duplicates):
+            if imitates and keys:
+                earlier = keys[int(which * len(keys))]
+                key = change_one(earlier, int(where * len(earlier)), shift, _A, _LETTERS)
+            if key not in seen:
+                seen.add(key)
+                keys.append(key)
+    return keys
+
+
+def _key_draws(
+    rng: np.random.Generator, count: int, near_duplicates: float
+) -> Sequence[tuple[bytes, bool, float, float, int]]:
+    """All random choices for `count` keys at once: a fresh key, or which letter of which key to change."""
+    least, most = KEY_LETTERS
+    letters = rng.integers(_A, _A + _LETTERS, (count, most), dtype=np.uint8).tobytes()
+    lengths = rng.integers(least, most + 1, count).tolist()
+    fresh = [letters[i * most : i * most + length] for i, length in enumerate(lengths)]
+    imitates, which, where = rng.random((3, count))
+    shifts = rng.integers(1, _LETTERS, count).tolist()
+    return list(
+        zip(fresh, (imitates < near_duplicates).tolist(), which.tolist(), where.tolist(), shifts, strict=True)
+    )
+
+
+def _draw_values(rng: np.random.Generator, count: int, near_duplicates: float) -> list[bytes]:
+    digits = rng.integers(_ZERO, _ZERO + 10, (count, VALUE_DIGITS), dtype=np.uint8).tobytes()
+    values = [digits[i : i + VALUE_DIGITS] for i in range(0, len(digits), VALUE_DIGITS)]
+    imitates, which = rng.random((2, count))
+    places, shifts = rng.integers(VALUE_DIGITS, size=count).tolist(), rng.integers(1, 10, count).tolist()
+    for i in np.flatnonzero(imitates[1:] < near_duplicates).tolist():
+        recent = min(i + 1, RECENT_VALUES)
+        earlier = values[i + 1 - recent + int(which[i] * recent)]
+        values[i + 1] = change_one(earlier, places[i], shifts[i], _ZERO, 10)
+    return values

@@ -1,0 +1,190 @@
+"""Training sequences dense with needles and queries: a pure function of (text, config, seed, step).
+
+Most bytes of a sequence are needles and queries, so that many of them compete and most of what is predicted
+is an answer; the rest is real text. Half of the queries stand anywhere after their needle, half at the end.
+"""
+
+from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe.probes.needle.config import LEAST_LENGTH, NeedleConfig
+from moe.probes.needle.needles import TEMPLATES, Fact, Template, draw_needles
+
+Array = NDArray[np.int64]
+MIXED = 0.5  # of the sequences: every pair draws its template; the others have one template each
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingBatch:
+    """Sequences and what is predicted of them; m places in each, in ascending order.
+
+    ids        (b s) int64  the bytes
+    places     (b m) int64  positions whose next byte is predicted
+    targets    (b m) int64  that next byte
+    is_answer  (b m) bool   the next byte is part of an answer
+    pointers   (b m) int64  for an answer: the position, in its needle, of the byte that is to be copied,
+                            so ids[pointers] = targets; -1 elsewhere
+    """
+
+    ids: Tensor
+    places: Tensor
+    targets: Tensor
+    is_answer: Tensor
+    pointers: Tensor
+
+
+def training_batch(
+    text: NDArray[np.uint8], config: NeedleConfig, *, length: int, batch: int, seed: int, step: int
+) -> TrainingBatch:
+    """The sequences of one step, counted from 0, with filler from `text` (any size, may be memory-mapped).
+
+    Raises:
+        ValueError: a text shorter than a sequence, or sequences too short for a needle and its query.
+    """
+    if length < LEAST_LENGTH:
+        raise ValueError(
+            f"length={length} must be at least {LEAST_LENGTH} bytes: a needle and its query have to fit."
+        )
+    if len(text) <= length:
+        raise ValueError(
+            f"the text of {len(text)} bytes must be longer than a sequence of {length}. "
+            f"Give more text or shorten the sequence."
+        )
+    rng = np.random.default_rng([seed, step])
+    rows = [_draw_row(rng, text, config, length) for _ in range(batch)]
+    return TrainingBatch(
+        *(
+            torch.from_numpy(np.stack([getattr(row, field.name) for row in rows]))
+            for field in fields(TrainingBatch)
+        )
+    )
+
+
+def predicted_places(config: NeedleConfig, length: int) -> int:
+    """How many places (m) of a sequence are predicted.
+
+    All answers of a sequence of the template that has most of them, and `text_share` of the other places.
+    """
+    budget = config.needle_share * length
+    templates = [TEMPLATES[name] for name in config.templates]
+    answers = max(budget / template.mean_pair_bytes * template.mean_value for template in templates)
+    return max(1, round(answers + config.text_share * (length - answers)))
+
+
+class _Row(NamedTuple):
+    ids: Array
+    places: Array
+    targets: Array
+    is_answer: NDArray[np.bool_]
+    pointers: Array
+
+
+class _Pair(NamedTuple):
+    """A needle and its query. The answer is the last part of `query`, before `closed`."""
+
+    needle: bytes
+    value_start: int  # in the needle
+    query: bytes
+    value: bytes
+    closed: bytes  # query, answer and what follows it
+
+
+def _draw_row(rng: np.random.Generator, text: NDArray[np.uint8], config: NeedleConfig, length: int) -> _Row:
+    count = predicted_places(config, length)
+    pairs = _draw_pairs(rng, config, int(config.needle_share * (length + 1)), most_answers=count)
+    pieces, needle_piece, query_piece = _lay_out(rng, pairs, text, length + 1)
+    starts = np.fromiter(accumulate(map(len, pieces), initial=0), np.int64)
+    row = np.frombuffer(b"".join(pieces), np.uint8).astype(np.int64)
+
+    value_starts = starts[needle_piece] + np.array([pair.value_start for pair in pairs], np.int64)
+    answer_starts = starts[query_piece] + np.array([len(pair.query) for pair in pairs], np.int64)
+    sizes = np.array([len(pair.value) for pair in pairs], np.int64)
+    within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)  # which byte of its answer
+    pointer_at = np.full(length, -1, np.int64)
+    pointer_at[np.repeat(answer_starts, sizes) + within - 1] = np.repeat(value_starts, sizes) + within
+
+    is_chosen = pointer_at >= 0
+    others = np.flatnonzero(~is_chosen)
+    is_chosen[rng.permutation(others)[: count - len(within)]] = True
+    places = np.flatnonzero(is_chosen)
+    pointers = pointer_at[places]
+    return _Row(row[:-1], places, row[places + 1], pointers >= 0, pointers)
+
+
+def _draw_pairs(
+    rng: np.random.Generator, config: NeedleConfig, budget: int, most_answers: int
+) -> list[_Pair]:
+    """As many pairs as `budget` bytes hold, with at most `most_answers` bytes to answer."""
+    templates = _draw_templates(rng, config, budget)
+    facts = draw_needles(
+        rng,
+        len(templates),
+        near_duplicate_keys=config.near_duplicate_keys,
+        near_duplicate_values=config.near_duplicate_values,
+    )
+    pairs = []
+    for template, fact in zip(templates, facts, strict=True):
+        pair = _pair(template, fact)
+        budget -= len(pair.needle) + len(pair.closed)
+        most_answers -= len(pair.value)
+        if budget < 0 or most_answers < 0:
+            break
+        pairs.append(pair)
+    return pairs
+
+
+def _draw_templates(rng: np.random.Generator, config: NeedleConfig, budget: int) -> list[Template]:
+    """The templates of more pairs than `budget` bytes can hold: of each pair its own, or of all the same."""
+    templates = [TEMPLATES[name] for name in config.templates]
+    mixed = rng.random() < MIXED
+    choices = templates if mixed else [templates[rng.integers(len(templates))]]
+    most = budget // min(template.pair_bytes for template in choices) + 1
+    return [choices[i] for i in rng.integers(len(choices), size=most).tolist()]
+
+
+def _pair(template: Template, fact: Fact) -> _Pair:
+    query = template.ask(fact.key)
+    closed = query + fact.value + template.close
+    return _Pair(template.write(fact), template.value_start(fact.key), query, fact.value, closed)
+
+
+def _lay_out(
+    rng: np.random.Generator, pairs: list[_Pair], text: NDArray[np.uint8], size: int
+) -> tuple[list[bytes], Array, Array]:
+    """The pieces of a row of `size` bytes, and the number of the piece that is the needle / query of pair i.
+
+    Needles and half of the queries in random order, each query after its needle, with text before each; then
+    the other queries. A query drawn before its needle changes places with it.
+    """
+    order = rng.permutation(len(pairs))
+    inside, last = np.split(order, [len(pairs) // 2])
+    slots = rng.permutation(len(pairs) + len(inside))
+    needle_slot, query_slot = slots[: len(pairs)], slots[len(pairs) :]
+    of_pair = needle_slot[inside]
+    needle_slot[inside], query_slot = np.minimum(of_pair, query_slot), np.maximum(of_pair, query_slot)
+
+    # Every slot is two pieces, text and an item; the last piece of text stands before the queries at the end.
+    ends = 2 * len(slots) + 1
+    needle_piece = 2 * needle_slot + 1
+    query_piece = np.empty_like(needle_piece)
+    query_piece[inside] = 2 * query_slot + 1
+    query_piece[last] = ends + np.arange(len(last))
+    pieces = [b""] * (ends + len(last))
+    for pair, needle, query in zip(pairs, needle_piece.tolist(), query_piece.tolist(), strict=True):
+        pieces[needle], pieces[query] = pair.needle, pair.closed
+    pieces[0:ends:2] = _cut(rng, text, size - sum(map(len, pieces)), len(slots) + 1)
+    return pieces, needle_piece, query_piece
+
+
+def _cut(rng: np.random.Generator, text: NDArray[np.uint8], size: int, count: int) -> list[bytes]:
+    """`size` consecutive bytes of the text, from a random place, cut at random into `count` pieces."""
+    start = int(rng.integers(len(text) - size + 1))
+    window = text[start : start + size].tobytes()
+    cuts = [0, *np.sort(rng.integers(size + 1, size=count - 1)).tolist(), size]
+    return [window[i:j] for i, j in pairwise(cuts)]
