@@ -357,15 +357,27 @@ class Decoder(nn.Module):
         targets = targets if mask is None else targets.where(mask, IGNORED)
         _check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
         hidden = self.hidden(ids, mask=mask)
-        cross_entropy = linear_cross_entropy(
-            rearrange(self._scaled(hidden.states), "b s d -> (b s) d"),
+        cross_entropy = self.cross_entropy(hidden.states, targets, chunk_tokens=chunk_tokens)
+        return self.with_router_losses(cross_entropy, cross_entropy, hidden, len(ids))
+
+    def cross_entropy(
+        self, states: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
+    ) -> Tensor:
+        """Mean nats of the targets (b m) after states (b m d); -100 is not counted. As `linear_cross_entropy`."""
+        return linear_cross_entropy(
+            rearrange(self._scaled(states), "b m d -> (b m) d"),
             self.head_weight,
-            rearrange(targets, "b s -> (b s)"),
+            rearrange(targets, "b m -> (b m)"),
             chunk_tokens=chunk_tokens,
         )
-        balance, z = self._router_losses(hidden.routings, len(ids), cross_entropy)
+
+    def with_router_losses(
+        self, cross_entropy: Tensor, objective: Tensor, hidden: Hidden, sequences: int
+    ) -> DecoderLoss:
+        """The losses of a batch whose objective, without those of the routers, is `objective`."""
+        balance, z = self._router_losses(hidden.routings, sequences, cross_entropy)
         config = self.config
-        total = cross_entropy + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+        total = objective + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
         return DecoderLoss(total, cross_entropy, balance, z, hidden.routings, hidden.plans)
 
     def _router_losses(

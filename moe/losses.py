@@ -151,3 +151,26 @@ def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.sum(0) / max(x.shape[0], 1)
     return x.masked_fill(~mask[:, None], 0).sum(0) / mask.sum().clamp(min=1)
+
+
+def pointer_loss(queries: Tensor, keys: Tensor, places: Tensor, pointers: Tensor) -> Tensor:
+    """Mean of -log of the attention that the chosen queries pay to the keys they should look at -> scalar.
+
+    queries (b n m c), scaled, and keys (b g l c) as in `Hidden.attended`, where l are all tokens; places (b m)
+    of the queries; pointers (b m) int64: the place of the key, -1 where there is none to look at. A query
+    sees the keys up to its own place. 0 when nothing is pointed at. At uniform attention log(place + 1).
+
+    Supervises attention itself, as pointer networks are trained (1506.03134).
+    """
+    rows = []
+    for q, k, at, pointed in zip(queries, keys, places, pointers, strict=True):
+        chosen = pointed >= 0
+        q, at, pointed = q[:, chosen], at[chosen], pointed[chosen]
+        group = q.shape[0] // k.shape[0]
+        logits = rearrange(q, "(g r) m c -> g (r m) c", r=group) @ k.mT  # (g (r m) l)
+        logits = rearrange(logits, "g (r m) l -> (g r) m l", r=group).float()
+        hidden = torch.arange(k.shape[1], device=k.device) > at[:, None]
+        logs = logits.masked_fill(hidden, -torch.inf).log_softmax(-1)
+        rows.append(logs.gather(-1, pointed.expand(len(q), -1)[..., None]).flatten())
+    logs = torch.cat(rows)
+    return -logs.sum() / max(logs.numel(), 1)

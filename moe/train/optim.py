@@ -38,10 +38,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def has_decay(name: str, parameter: Tensor, config: OptimConfig) -> bool:
-    """Weight decay is for matrices: norms, biases (those of experts are (e o)) and embeddings go without."""
+    """Weight decay is for matrices: embeddings, norms, biases (those of experts are (e o)) and the taps of
+    short convolutions (w d), which are numbers for each channel, go without."""
     if "embed" in name:
         return config.decay_embeddings
-    return parameter.ndim >= 2 and not name.endswith("bias")
+    return parameter.ndim >= 2 and not name.endswith(("bias", "conv.weight"))
 
 
 def is_router(name: str) -> bool:

@@ -101,12 +101,12 @@ def set_value(values: dict[str, dict[str, Any]], key: str, value: Any, *, source
         raise ValueError(f"{source}: a run has no part {part!r}.{did_you_mean(part, list(PARTS))}")
     if not dot:
         raise ValueError(
-            f"{source}: {part!r} is a table; name one of its keys, such as {part}.{next(iter(values[part]))}."
+            f"{source}: {part!r} is a table; name one of its keys, such as {part}.{next(iter(get_type_hints(PARTS[part])))}."
         )
     hints = get_type_hints(PARTS[part])
     if name not in hints:
         raise ValueError(f"{source}: {part} has no key {name!r}.{did_you_mean(name, list(hints))}")
-    values[part][name] = convert(value, hints[name], f"{source}: {key}={value!r}")
+    values.setdefault(part, {})[name] = convert(value, hints[name], f"{source}: {key}={value!r}")
 
 
 def convert(value: Any, expected: Any, what: str) -> Any:

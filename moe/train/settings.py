@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 from moe.config import did_you_mean
 from moe.decoder_config import DecoderConfig
 from moe.ops.choose import Backend
+from moe.probes.needle.config import NeedleConfig
 
 Encoding = Literal["utf-8", "bytes"]
 TokenizerKind = Literal["bytes", "bpe"]
@@ -144,6 +145,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    needle: NeedleConfig | None = None  # None: trained on the next token
 
     def __post_init__(self) -> None:
         if self.model.vocab_size < BYTE_VOCABULARY:
@@ -170,7 +172,8 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data for JSON; `from_dict` is its inverse."""
-        return {part: _plain(asdict(getattr(self, part))) for part in PARTS}
+        present = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
+        return {part: _plain(asdict(value)) for part, value in present.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -182,7 +185,8 @@ class RunConfig:
         for part in data:
             if part not in PARTS:
                 raise ValueError(f"a run has no part {part!r}.{did_you_mean(part, list(PARTS))}")
-        return cls(**{part: _build(PARTS[part], part, data.get(part, {})) for part in PARTS})
+        named = [part for part in PARTS if part != "needle" or data.get(part) is not None]
+        return cls(**{part: _build(PARTS[part], part, data.get(part, {})) for part in named})
 
 
 PARTS: dict[str, type] = {
@@ -190,6 +194,7 @@ PARTS: dict[str, type] = {
     "data": DataConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
+    "needle": NeedleConfig,
 }
 
 
@@ -197,10 +202,10 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with the old and the new value."""
     before, after = old.to_dict(), new.to_dict()
     return {
-        f"{part}.{key}": (before[part][key], after[part][key])
+        f"{part}.{key}": (before.get(part, {}).get(key), after.get(part, {}).get(key))
         for part in PARTS
-        for key in before[part]
-        if before[part][key] != after[part][key]
+        for key in before.get(part, {}) | after.get(part, {})
+        if before.get(part, {}).get(key) != after.get(part, {}).get(key)
     }
 
 

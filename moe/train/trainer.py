@@ -12,7 +12,7 @@ from moe.balance import update_selection_bias
 from moe.checkpoint import check_tensors
 from moe.decoder import Decoder
 from moe.layer import MoE
-from moe.train.data import Windows, train_batch
+from moe.train.data import Windows
 from moe.train.device import autocast, choose_device, choose_precision
 from moe.train.metrics import Meter, NonFiniteError, Progress
 from moe.train.optim import (
@@ -24,6 +24,7 @@ from moe.train.optim import (
 )
 from moe.train.run_folder import RunFolder, generator_tensors, load_checkpoint, restore_generators
 from moe.train.settings import RunConfig
+from moe.train.task import make_task
 
 
 class Trainer:
@@ -34,14 +35,14 @@ class Trainer:
 
     def __init__(self, config: RunConfig, windows: Windows) -> None:
         self.config = config
-        self.windows = windows
+        self.task = make_task(config, windows)
         self.device = choose_device(config.train.device)
         self.dtype = choose_precision(config.train, self.device)
         torch.manual_seed(config.train.seed)
         self.model = Decoder(config.model, backend=config.train.backend).to(self.device)
         self.routers = [module.router for module in self.model.modules() if isinstance(module, MoE)]
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.loss = torch.compile(self.model.loss) if config.train.compile else self.model.loss
+        self.loss = torch.compile(self.task.loss) if config.train.compile else self.task.loss
         self.meter = Meter(config.model, self.device)
         self.progress = Progress()
 
@@ -52,15 +53,8 @@ class Trainer:
             NonFiniteError: on a CPU; on a GPU, where looking would stall it, see `Meter.check`.
         """
         train, step = self.config.train, self.progress.step
-        ids, targets = train_batch(self.windows, train.batch_size, seed=train.seed, step=step)
-        loads = [
-            self._accumulate(part, part_targets, step)
-            for part, part_targets in zip(
-                self._to_device(ids).chunk(train.accumulation),
-                self._to_device(targets).chunk(train.accumulation),
-                strict=True,
-            )
-        ]
+        batch = [self._to_device(tensor).chunk(train.accumulation) for tensor in self.task.batch(step)]
+        loads = [self._accumulate(parts, step) for parts in zip(*batch, strict=True)]
         if self.device.type == "cpu":
             self.meter.check()
         self.meter.add_step(step, self._clip())
@@ -104,10 +98,10 @@ class Trainer:
             load_optimizer_tensors(self.model, self.optimizer, others)
         self.progress = progress
 
-    def _accumulate(self, ids: Tensor, targets: Tensor, step: int) -> Tensor:
+    def _accumulate(self, batch: tuple[Tensor, ...], step: int) -> Tensor:
         share = 1 / self.config.train.accumulation
         with autocast(self.device, self.dtype):
-            loss = self.loss(ids, targets)
+            loss = self.loss(self.model, *batch)
         (loss.total * share).backward()
         return self.meter.add_part(step, loss, share)
 
