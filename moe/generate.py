@@ -33,6 +33,7 @@ class SamplingOptions(TypedDict, total=False):
     stop            a token id, or several ids and sequences of ids: a row ends with the first it completes
     seed            the same seed draws the same tokens; None: another draw every time
     mask            (b s) bool, True at real tokens of the prompts; padding must stand left
+    cache           what the prompts continue, such as a `fork` of a long text that was read once; it grows
     """
 
     max_new_tokens: Required[int]
@@ -43,6 +44,7 @@ class SamplingOptions(TypedDict, total=False):
     stop: Stop | None
     seed: int | None
     mask: Tensor | None
+    cache: KVCache | None
 
 
 class Options(SamplingOptions, total=False):
@@ -119,6 +121,7 @@ class Sampling:
     stop: Stop | None = None
     seed: int | None = None
     mask: Tensor | None = None
+    cache: KVCache | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -178,13 +181,15 @@ class Sampling:
 
 @torch.no_grad()  # around each step, not around what the caller does between two steps
 def _steps(decoder: "Decoder", ids: Tensor, sampling: Sampling) -> Iterator[Tensor]:
-    cache = KVCache(capacity=ids.shape[1] + min(sampling.max_new_tokens, 1024))
+    cache = sampling.cache
+    if cache is None:
+        cache = KVCache(capacity=ids.shape[1] + min(sampling.max_new_tokens, 1024))
     generator = torch.Generator(ids.device)
     generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     ended = _Ended(sampling.stops, rows=ids.shape[0])
     tokens, mask = ids, sampling.mask
     for _ in range(sampling.max_new_tokens):
-        with _evaluating(decoder):
+        with evaluating(decoder):
             last = decoder.hidden(tokens, mask=mask, cache=cache, at=1).states[:, -1]
             drawn = sampling.draw(decoder.logits(last), generator)
         yield drawn.masked_fill(torch.tensor(ended.rows, device=ids.device), STOPPED)
@@ -213,7 +218,7 @@ class _Ended:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; each submodule's own mode afterwards."""
     training = [child for child in module.modules() if child.training]
     for child in training:

@@ -31,6 +31,7 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
     """Count without building the model; the selection bias is a buffer and does not count.
 
     attention   2 d n c + 2 d g c; norms, biases and sinks where the config has them
+    convolution w channels for each letter of `canon_set`; SSMax n
     latent      queries, d (r + c'') for latents, r n (c' + v) for keys and values, n v d
     dense       3 d f, and 2 f + d with biases            f = intermediate_size
     expert      3 d h when gated, else 2 d h; with biases 2 h + d or h + d more
@@ -44,6 +45,7 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
     embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
     router = sparse * _router(config)
     everywhere = layers * (_attention(config) + 2 * d) + d
+    everywhere += sum(_beside_attention(config, layer) for layer in range(layers))
     dense = (layers - sparse) * _dense(config)
     common = everywhere + dense + router + sparse * _shared(config)
     total = common + sparse * config.num_experts * _expert(config)
@@ -115,6 +117,17 @@ def _attention(config: DecoderConfig) -> int:
         + (d if config.attention_output_bias else 0)
         + (n if config.attention_sinks else 0)
     )
+
+
+def _beside_attention(config: DecoderConfig, layer: int) -> int:
+    """Short convolutions and the scales of SSMax, which not every layer has."""
+    d, n, g, c = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_size
+    channels = {"A": d, "B": (n + 2 * g) * c, "K": g * c, "C": d}
+    letters = set(config.canon_letters(layer))
+    if "B" in letters:
+        letters.discard("K")  # B has the convolution on keys already
+    taps = config.canon_kernel * sum(channels[letter] for letter in letters)
+    return taps + (n if config.use_ssmax and config.window(layer) is None else 0)
 
 
 def _dense(config: DecoderConfig) -> int:

@@ -25,6 +25,15 @@ BASE = DecoderConfig(
     initializer_range=0.3,
 )
 LATENT = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+LONG = {
+    "layer_types": "LLG",
+    "sliding_window": 3,
+    "no_rope_layers": (1, 1, 0),
+    "use_ssmax": True,
+    "use_qk_norm": True,
+    "canon_set": ("AC", "AC", "AB"),
+    "attention_init": "induction",
+}
 VARIANTS = {
     "window": {"sliding_window": 4},
     "window in some layers": {
@@ -45,6 +54,13 @@ VARIANTS = {
     },
     "latents": LATENT | {"rope_interleave": True},
     "latents of queries": LATENT | {"q_lora_rank": 7, "attention_bias": True, "attention_output_bias": True},
+    "no positions in one layer": {"no_rope_layers": (1, 0, 1)},
+    "logits grow with the keys": {"use_ssmax": True, "use_qk_norm": True},
+    "convolutions": {"canon_set": ("ABC", "", "KC"), "canon_kernel": 3},
+    "convolutions longer than the pieces": {"canon_set": ("A", "B", "C"), "canon_kernel": 6},
+    "long context": LONG,
+    "long context of one key head": LONG | {"num_key_value_heads": 1, "attention_sinks": True},
+    "latents and convolutions": LATENT | {"canon_set": ("AC", "C", "A"), "sliding_window": 3},
     "yarn": {"rope_scaling": RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)},
 }
 

@@ -1,0 +1,78 @@
+"""Asking a decoder what stands in a haystack: read once, then every question alone, many at a time.
+
+Each question continues the whole haystack and knows nothing of the others. Questions of one length share one
+read of the haystack's keys and values: `KVCache.fork`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe.decoder import Decoder
+from moe.kv_cache import KVCache
+from moe.prefill import Prefill, Progress, prefill
+from moe.probes.needle.haystack import Haystack, Question
+from moe.train.device import memory_in_use
+
+BATCH = 64  # questions that share a read: beyond it nothing is gained (LONG_CONTEXT figures in docs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """The answers to the questions of a haystack, in their order, and what they cost."""
+
+    answers: tuple[bytes, ...]
+    prefill: Prefill
+    answer_seconds: float
+    peak_bytes: int
+
+
+def ask(
+    decoder: Decoder,
+    haystack: Haystack,
+    *,
+    dtype: torch.dtype | None = None,
+    batch: int = BATCH,
+    progress: Progress = lambda done, total, seconds: None,
+    answered: Callable[[int, int], None] = lambda done, total: None,
+) -> Asked:
+    """Read a haystack and answer its questions greedily. `progress` follows the reading."""
+    ids = torch.from_numpy(np.ascontiguousarray(haystack.ids))[None]
+    read = prefill(decoder, ids, dtype=dtype, progress=progress)
+    started = time.perf_counter()
+    answers = answer(decoder, read.cache, haystack.questions, batch=batch, answered=answered)
+    seconds = time.perf_counter() - started
+    return Asked(answers, read, seconds, memory_in_use(decoder.head_weight.device))
+
+
+def answer(
+    decoder: Decoder,
+    cache: KVCache,
+    questions: Sequence[Question],
+    *,
+    batch: int = BATCH,
+    answered: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[bytes, ...]:
+    """What the decoder writes after each query, as many bytes as its answer has: the likeliest each time."""
+    device = decoder.head_weight.device
+    given: dict[int, bytes] = {}
+    for group in _groups(questions, batch):
+        ids = torch.tensor([list(questions[i].query) for i in group], device=device)
+        new = len(questions[group[0]].answer)
+        out = decoder.generate(
+            ids, max_new_tokens=new, temperature=0.0, cache=cache.fork(len(group))
+        )
+        given |= {i: bytes(row) for i, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True)}
+        answered(len(given), len(questions))
+    return tuple(given[i] for i in range(len(questions)))
+
+
+def _groups(questions: Sequence[Question], batch: int) -> list[list[int]]:
+    """Numbers of questions whose query and answer have one length, at most `batch` together."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for number, question in enumerate(questions):
+        by_shape.setdefault((len(question.query), len(question.answer)), []).append(number)
+    return [group[i : i + batch] for group in by_shape.values() for i in range(0, len(group), batch)]
