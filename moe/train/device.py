@@ -3,6 +3,7 @@
 import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -96,3 +97,18 @@ def memory_in_use(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_available(device: torch.device) -> int:
+    """Bytes that can still be taken on the device; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    facts = Path("/proc/meminfo")
+    if device.type != "cpu" or not facts.is_file():
+        return 0
+    free = next(line for line in facts.read_text(encoding="ascii").splitlines() if "MemAvailable" in line)
+    available = int(free.split()[1]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        available = min(available, int(most) - int(used.read_text()))
+    return available
