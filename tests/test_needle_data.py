@@ -151,6 +151,12 @@ def test_all_answers_and_a_tenth_of_the_other_places_are_predicted():
     assert 0.07 < others / 20 / 3072 < 0.12
 
 
+def test_the_other_places_are_spread_over_the_sequence():
+    batch = make(length=3072, batch=8)
+    others = batch.places[~batch.is_answer].double()
+    assert 0.45 < others.mean() / 3072 < 0.55 and 0.27 < others.std() / 3072 < 0.31  # uniform: 0.5 and 0.289
+
+
 @given(st.floats(0.1, 0.95), st.floats(0, 1), st.integers(128, 700), st.integers(0, 3))
 def test_every_row_has_the_same_number_of_places(needle_share, text_share, length, step):
     config = NeedleConfig(needle_share=needle_share, text_share=text_share)
