@@ -3,7 +3,6 @@
 import hashlib
 import sysconfig
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe.probes.needle import haystack_text
 from moe.probes.needle.haystack import Haystack, build_haystack, default_needles
 from moe.probes.needle.haystack_text import find_text
 from moe.probes.needle.needles import TEMPLATES
@@ -83,8 +83,11 @@ def test_near_duplicates_are_not_neighbours():
     def near(a: bytes, b: bytes) -> bool:
         return sum(x != y for x, y in zip(a, b, strict=True)) == 1
 
-    pairs = [near(a.fact.value, b.fact.value) for a, b in pairwise(needles)]
-    assert np.mean(pairs) < 0.1
+    values = [needle.fact.value for needle in needles]
+    close = [
+        any(near(value, other) for other in values[max(0, i - 20) : i]) for i, value in enumerate(values)
+    ]
+    assert np.mean(close) < 0.3  # all of them, if they lay in the order in which they are drawn
 
 
 @pytest.mark.parametrize(
@@ -190,9 +193,13 @@ def test_text_is_that_of_files_none_twice(tmp_path):
     assert found.digest == hashlib.sha256(found.text.tobytes()).hexdigest()
 
 
-def test_reading_stops_when_there_is_enough(tmp_path):
+def test_reading_stops_when_there_is_enough(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        haystack_text, "digest_file", lambda path, **more: read.append(path) or digest_file(path, **more)
+    )
     found = find_text(write_folder(tmp_path), bytes_needed=2500, seed=0)
-    assert len(found.text) == 2500 and found.files == 3
+    assert len(found.text) == 2500 and found.files == len(read) == 3
 
 
 def test_the_seed_chooses_the_files(tmp_path):
