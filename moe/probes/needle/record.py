@@ -30,6 +30,14 @@ class Tally(NamedTuple):
         return statistics.lower_bound(self.right, self.asked) if self.asked else math.nan
 
 
+class Model(NamedTuple):
+    """Who was asked. Answers of different models are never pooled."""
+
+    run: str
+    step: int
+    variant: str
+
+
 class TextFacts(TypedDict):
     """The text around the needles: its folder, its SHA-256, how many files; whether it had to be repeated."""
 
@@ -112,9 +120,9 @@ class NeedleRow:
         return tally_by_depth([self], QUINTILES)
 
     @property
-    def model(self) -> tuple[str, int, str]:
-        """Whose answers these are: run, step and variant. Rows of different models are never pooled."""
-        return self.run, self.step, self.variant
+    def model(self) -> Model:
+        """Whose answers these are."""
+        return Model(self.run, self.step, self.variant)
 
     @property
     def questions(self) -> tuple[Any, ...]:
