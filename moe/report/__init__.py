@@ -1,1 +1,1 @@
-"""Figures made from a run folder; nothing in the library imports this."""
+"""Figures made from a run folder or from a record; nothing in the library imports this."""

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe.checkpoint import read_json
+from moe.report.style import BLUE, GREEN, GREY, ORANGE, STYLE
 from moe.train.run_folder import RunFolder
 
-BLUE, ORANGE, GREEN, GREY = "#2b5c8a", "#d1662a", "#3c7a4e", "#8a8a8a"
 LAST_INTERVALS = 5  # averaged in the heat map
 
 
@@ -33,7 +33,7 @@ def draw_run(folder: Path) -> Path:
     if not train:
         raise ValueError(f"{run.metrics_file} has no training interval yet; there is nothing to draw.")
     final = read_json(folder / "eval.json") if (folder / "eval.json").exists() else None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 7.6), layout="constrained")
         areas = figure.add_gridspec(2, 2, height_ratios=(1.35, 1))
         draw_learning(figure.add_subplot(areas[0, :]), train, validation, final)
@@ -106,19 +106,6 @@ def draw_loads(figure: Figure, axes: Axes, train: list[dict[str, Any]], layers: 
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.grid(visible=False)
     figure.colorbar(image, ax=axes, label="load / ideal load")
-
-
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.8,
-    "legend.fontsize": 9,
-}
 
 
 def _title(run: RunFolder, last: dict[str, Any]) -> str:

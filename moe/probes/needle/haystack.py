@@ -7,19 +7,17 @@ million bytes take little more than two copies.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe.probes.needle.needles import RANDOM_TEMPLATES, Fact, Template, change_one, draw_needles
+from moe.probes.needle.placement import Needle, Writing, choose_places, insert, needles_at, starts_of
 
 BYTES_PER_NEEDLE = 256
 LONG = 2**20  # bytes; a longer haystack may have more needles
 MOST_NEEDLES, MOST_NEEDLES_LONG = 2000, 5000
 QUINTILES = 5
-LINE_REACH = 4096  # a needle moves on to the next line start, unless that is so many bytes away
-_NEWLINE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +37,6 @@ class Question:
     def quintile(self) -> int:
         """0 for a needle in the first fifth of the haystack, 4 for one in the last."""
         return int(self.depth * QUINTILES)
-
-
-@dataclass(frozen=True, slots=True)
-class Needle:
-    """A fact in a haystack, written by `template` from position `place` on."""
-
-    fact: Fact
-    template: str
-    place: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,8 +77,8 @@ def build_haystack(
     value of another one, so that recall must be at chance. needles=1 is a needle without competitors.
 
     Raises:
-        ValueError: a text shorter than the haystack needs, more questions than needles, no question, or
-            needles that do not fit.
+        ValueError: a text shorter than the haystack needs, more questions than needles, no question,
+            templates that do not exist, or needles that do not fit.
     """
     rng = np.random.default_rng([seed, length])
     chosen = _templates(templates)
@@ -101,47 +90,12 @@ def build_haystack(
     template_of = [chosen[i] for i in rng.permutation(np.arange(count) % len(chosen)).tolist()]
     order = rng.permutation(count).tolist()  # near-duplicates are drawn one after another, but lie anywhere
     writings = [Writing(template_of[i], facts[i]) for i in order]
-    points, window = _choose_places(rng, text, length, writings)
+    points, window = choose_places(rng, text, length, writings)
     questions = _ask(rng, writings, starts_of(points, writings), length, queries)
     if shuffle_values:
         writings = _shuffle_values(rng, writings)
     ids = insert(window, points, writings)
-    return Haystack(ids, questions, _needles(points, writings), shuffle_values)
-
-
-class Writing(NamedTuple):
-    """A fact and the template that writes it."""
-
-    template: Template
-    fact: Fact
-
-    @property
-    def line(self) -> bytes:
-        """The needle."""
-        return self.template.write(self.fact)
-
-
-def insert(
-    window: NDArray[np.uint8], points: NDArray[np.int64], writings: Sequence[Writing]
-) -> NDArray[np.uint8]:
-    """The text with needle i inserted before its byte number points[i]; points ascend."""
-    lines = [np.frombuffer(writing.line, np.uint8) for writing in writings]
-    pieces = np.split(window, points)
-    return np.concatenate([part for pair in zip(pieces, lines, strict=False) for part in pair] + pieces[-1:])
-
-
-def starts_of(points: NDArray[np.int64], writings: Sequence[Writing]) -> NDArray[np.int64]:
-    """Where in the haystack the needles begin that are inserted at these points of the text."""
-    sizes = np.array([len(writing.line) for writing in writings], np.int64)
-    return points + sizes.cumsum() - sizes
-
-
-def line_points(rng: np.random.Generator, window: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
-    """`count` random places of the text in ascending order, each moved on to the next start of a line."""
-    points = np.sort(rng.integers(len(window) + 1, size=count))
-    line_starts = np.flatnonzero(window == _NEWLINE) + 1
-    following = np.append(line_starts, np.iinfo(np.int64).max)[np.searchsorted(line_starts, points)]
-    return np.where(following - points < LINE_REACH, following, points)
+    return Haystack(ids, questions, needles_at(points, writings), shuffle_values)
 
 
 def _templates(names: Sequence[str]) -> list[Template]:
@@ -165,27 +119,6 @@ def _check_counts(needles: int, queries: int, templates: list[Template], length:
         )
 
 
-def _choose_places(
-    rng: np.random.Generator, text: NDArray[np.uint8], length: int, writings: Sequence[Writing]
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Where in the chosen part of the text the needles go, and that part."""
-    needed = length - sum(len(writing.line) for writing in writings)
-    if needed < 0:
-        raise ValueError(
-            f"{len(writings)} needles have {length - needed} bytes and the haystack only {length}. "
-            f"Take fewer needles or a longer haystack."
-        )
-    if len(text) < needed:
-        raise ValueError(
-            f"a haystack of {length} bytes needs {needed} bytes of text beside its needles, "
-            f"and there are {len(text)}. "
-            f"Give more text or a shorter length."
-        )
-    start = int(rng.integers(len(text) - needed + 1))
-    window = text[start : start + needed]
-    return line_points(rng, window, len(writings)), window
-
-
 def _ask(
     rng: np.random.Generator,
     writings: Sequence[Writing],
@@ -200,11 +133,11 @@ def _ask(
     chosen = []
     for name in dict.fromkeys(question.template for question in questions):
         of_template = [question for question in questions if question.template == name]
-        chosen += choose_balanced(rng, of_template, queries)
+        chosen += _choose_balanced(rng, of_template, queries)
     return tuple(chosen[i] for i in rng.permutation(len(chosen)).tolist())
 
 
-def choose_balanced(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:
+def _choose_balanced(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:
     """`count` of the questions, as many from each fifth of the depth as there are; at random otherwise."""
     turn: list[tuple[int, float, int]] = []
     asked = [0] * QUINTILES
@@ -225,8 +158,3 @@ def _shuffle_values(rng: np.random.Generator, writings: list[Writing]) -> list[W
             value = change_one(value, 0, int(rng.integers(1, 10)), ord("0"), 10)
         shuffled[to] = Writing(writings[to].template, Fact(fact.key, value))
     return shuffled
-
-
-def _needles(points: NDArray[np.int64], writings: Sequence[Writing]) -> tuple[Needle, ...]:
-    starts = starts_of(points, writings).tolist()
-    return tuple(Needle(w.fact, w.template.name, start) for w, start in zip(writings, starts, strict=True))

@@ -117,6 +117,6 @@ def _refuse_too_little(root: Path, there: int, needed: int, repeat: bool) -> Non
     if not repeat:
         raise ValueError(
             f"the haystack folder {str(root)!r} holds {there} bytes of text that was not trained on, "
-            f"and {needed} are needed. Give a larger folder or a shorter length, or repeat the text with repeat=True: the "
-            f"result is then marked as repeated."
+            f"and {needed} are needed. Give a larger folder or a shorter length, or repeat the text with "
+            f"repeat=True: the result is then marked as repeated."
         )

@@ -29,8 +29,9 @@ class Template:
 
     The needle is needle[0], key, needle[1], value, needle[2]; the query is query[0], key, query[1]. What
     stands before the value is the same byte in both, so that attention to "the byte after what I just saw"
-    finds it. `close` follows the answer where another text comes after it. `mean_key` and `mean_value` are
-    lengths to plan with.
+    finds it. `close` follows the answer where another text comes after it.
+
+    To plan with: `mean_key` and `mean_value` are mean lengths, `least_fact` the least of both together.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Template:
     close: bytes = b"\n"
     mean_key: float = sum(KEY_LETTERS) / 2
     mean_value: float = VALUE_DIGITS
+    least_fact: int = KEY_LETTERS[0] + VALUE_DIGITS
 
     def write(self, fact: Fact) -> bytes:
         """The needle."""
@@ -54,14 +56,18 @@ class Template:
         return len(self.needle[0]) + len(key) + len(self.needle[1])
 
     @property
-    def pair_bytes(self) -> int:
-        """Length of a needle, its query and its closed answer without keys and values."""
-        return sum(map(len, (*self.needle, *self.query, self.close)))
+    def mean_pair_bytes(self) -> float:
+        """Mean length of a needle, its query and the closed answer, which hold the fact twice."""
+        return self._own_bytes + 2 * (self.mean_key + self.mean_value)
 
     @property
-    def mean_pair_bytes(self) -> float:
-        """`pair_bytes` with a key and a value of mean length, each of them twice."""
-        return self.pair_bytes + 2 * (self.mean_key + self.mean_value)
+    def least_pair_bytes(self) -> int:
+        """Least length of the same."""
+        return self._own_bytes + 2 * self.least_fact
+
+    @property
+    def _own_bytes(self) -> int:
+        return sum(map(len, (*self.needle, *self.query, self.close)))
 
 
 # The templates whose keys and values are random.

@@ -144,7 +144,7 @@ def _draw_templates(rng: np.random.Generator, config: NeedleConfig, budget: int)
     templates = [TEMPLATES[name] for name in config.templates]
     mixed = rng.random() < MIXED
     choices = templates if mixed else [templates[rng.integers(len(templates))]]
-    most = budget // min(template.pair_bytes for template in choices) + 1
+    most = budget // min(template.least_pair_bytes for template in choices) + 1
     return [choices[i] for i in rng.integers(len(choices), size=most).tolist()]
 
 
