@@ -222,6 +222,15 @@ def test_the_template_needs_definitions():
         Definitions.of([])
 
 
+def test_the_longest_path_fits_into_the_shortest_sequence():
+    config = NeedleConfig(templates=("definition",), text_share=0)
+    longest = Definitions.of(Fact(b"do_%03d" % i, path_value("x" * 56 + ".py")) for i in range(9))
+    batch = training_batch(
+        TEXT, config, length=config.least_length, batch=9, seed=0, step=0, definitions=longest
+    )
+    assert batch.is_answer.any(1).all()
+
+
 def test_few_definitions_leave_room_for_text():
     config = NeedleConfig(templates=("definition",))
     batch = training_batch(
