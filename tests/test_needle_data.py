@@ -157,15 +157,16 @@ def test_the_other_places_are_spread_over_the_sequence():
     assert 0.45 < others.mean() / 3072 < 0.55 and 0.27 < others.std() / 3072 < 0.31  # uniform: 0.5 and 0.289
 
 
-@given(st.floats(0.1, 0.95), st.floats(0, 1), st.integers(128, 700), st.integers(0, 3))
-def test_every_row_has_the_same_number_of_places(needle_share, text_share, length, step):
+@given(st.floats(0.2, 0.95), st.floats(0, 1), st.integers(476, 700), st.integers(0, 3))
+def test_every_row_has_an_answer_and_the_same_number_of_places(needle_share, text_share, length, step):
     config = NeedleConfig(needle_share=needle_share, text_share=text_share)
     batch = make(config, length=length, batch=3, step=step)
     m = predicted_places(config, length)
     assert batch.ids.shape == (3, length) and batch.ids.dtype == torch.int64
     for part in (batch.places, batch.targets, batch.is_answer, batch.pointers):
         assert part.shape == (3, m)
-    assert batch.is_answer.sum(1).remainder(6).eq(0).all()  # whole queries
+    answers = batch.is_answer.sum(1)
+    assert (answers > 0).all() and answers.remainder(6).eq(0).all()  # whole queries
 
 
 def test_three_quarters_of_the_bytes_are_needles_and_queries():
@@ -253,7 +254,8 @@ def test_the_first_steps_have_short_sequences_of_the_same_bytes():
         ({"needle_share": 1.0}, "between 0 and 1"),
         ({"text_loss": -1}, "weight of a loss"),
         ({"pointer_loss": float("inf")}, "weight of a loss"),
-        ({"short_length": 100}, "at least 128"),
+        ({"short_length": 126}, "short_length=126 must be at least 127"),
+        ({"needle_share": 0.1}, "short_length=512 must be at least 950"),
     ],
 )
 def test_settings_out_of_range_are_refused(bad, message):
@@ -262,7 +264,8 @@ def test_settings_out_of_range_are_refused(bad, message):
 
 
 def test_sequences_that_are_too_short_or_longer_than_the_text_are_refused():
-    with pytest.raises(ValueError, match="length=100 must be at least 128"):
-        make(length=100)
+    with pytest.raises(ValueError, match="length=126 must be at least 127"):
+        make(length=126)
+    assert make(NeedleConfig(templates=("key_value",)), length=47).is_answer.any(1).all()
     with pytest.raises(ValueError, match="must be longer than a sequence of 1024"):
         make(text=TEXT[:1024])

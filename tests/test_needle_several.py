@@ -81,6 +81,11 @@ def test_a_key_with_several_values_has_a_needle_for_each(template):
         assert all(raw.count(line) == 1 for line in lines)
 
 
+def test_all_values_of_a_key_differ_even_where_they_are_drawn_alike():
+    _, (question,) = multi_value(keys=1, values=900, needles=900, seed=3)
+    assert len(set(question.steps[0].accepted)) == 900
+
+
 def test_the_other_keys_have_one_value():
     haystack, _ = multi_value()
     counts = Counter(needle.fact.key for needle in haystack.needles)

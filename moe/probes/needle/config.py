@@ -1,11 +1,10 @@
 """What a decoder is trained on to find needles; plain data, a part of a run's configuration."""
 
+import math
 from dataclasses import dataclass
 
 from moe.config import did_you_mean
 from moe.probes.needle.needles import TEMPLATES
-
-LEAST_LENGTH = 128  # bytes; the longest pair of needle and query needs 95, the rest is text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +43,18 @@ class NeedleConfig:
                     f"needle.{name}={getattr(self, name)} is the weight of a loss: "
                     f"give a number from 0, which switches it off."
                 )
-        if self.short_length < LEAST_LENGTH:
+        if self.short_fraction and self.short_length < self.least_length:
             raise ValueError(
-                f"needle.short_length={self.short_length} must be at least {LEAST_LENGTH}: "
-                f"a needle and its query have to fit. Set needle.short_fraction=0 for no short sequences."
+                f"needle.short_length={self.short_length} must be at least {self.least_length}: the longest "
+                f"needle and its query have to fit into needle.needle_share={self.needle_share} of it. "
+                f"Raise it, or set needle.short_fraction=0 for no short sequences."
             )
+
+    @property
+    def least_length(self) -> int:
+        """Bytes of the shortest sequence that has an answer whatever is drawn."""
+        longest = max(TEMPLATES[name].most_pair_bytes for name in self.templates)
+        return math.ceil(longest / self.needle_share)
 
     def shape(self, step: int, steps: int, *, length: int, batch: int) -> tuple[int, int]:
         """Length and number of the sequences of a step, counted from 0, of a run of `steps`.

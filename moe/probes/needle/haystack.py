@@ -98,6 +98,17 @@ def build_haystack(
     return Haystack(ids, questions, needles_at(points, writings), shuffle_values)
 
 
+def choose_balanced(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:
+    """`count` of the questions, as many from each fifth of the depth as there are; at random otherwise."""
+    turn: list[tuple[int, float, int]] = []
+    asked = [0] * QUINTILES
+    for i in rng.permutation(len(questions)).tolist():
+        quintile = questions[i].quintile
+        turn.append((asked[quintile], rng.random(), i))  # one of each fifth before a second one of any
+        asked[quintile] += 1
+    return [questions[i] for _, _, i in sorted(turn)[:count]]
+
+
 def _templates(names: Sequence[str]) -> list[Template]:
     unknown = [name for name in names if name not in RANDOM_TEMPLATES]
     if unknown or not names or len(set(names)) < len(names):
@@ -133,19 +144,8 @@ def _ask(
     chosen = []
     for name in dict.fromkeys(question.template for question in questions):
         of_template = [question for question in questions if question.template == name]
-        chosen += _choose_balanced(rng, of_template, queries)
+        chosen += choose_balanced(rng, of_template, queries)
     return tuple(chosen[i] for i in rng.permutation(len(chosen)).tolist())
-
-
-def _choose_balanced(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:
-    """`count` of the questions, as many from each fifth of the depth as there are; at random otherwise."""
-    turn: list[tuple[int, float, int]] = []
-    asked = [0] * QUINTILES
-    for i in rng.permutation(len(questions)).tolist():
-        quintile = questions[i].quintile
-        turn.append((asked[quintile], rng.random(), i))  # one of each fifth before a second one of any
-        asked[quintile] += 1
-    return [questions[i] for _, _, i in sorted(turn)[:count]]
 
 
 def _shuffle_values(rng: np.random.Generator, writings: list[Writing]) -> list[Writing]:

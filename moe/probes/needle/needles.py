@@ -12,6 +12,8 @@ import numpy as np
 
 KEY_LETTERS = (4, 8)  # fewest and most
 VALUE_DIGITS = 6
+LONGEST_NAME = 40  # bytes, in training; 95 % of the names of the standard library are not longer
+LONGEST_PATH = 60  # with the end of line
 RECENT_VALUES = 20  # a near-duplicate value imitates one of so many before it
 _A, _LETTERS, _ZERO = ord("a"), 26, ord("0")
 
@@ -31,7 +33,11 @@ class Template:
     stands before the value is the same byte in both, so that attention to "the byte after what I just saw"
     finds it. `close` follows the answer where another text comes after it.
 
-    To plan with: `mean_key` and `mean_value` are mean lengths, `least_fact` the least of both together.
+    An answer ends where its value ends: after the last of a fixed number of digits, or, where lengths differ,
+    after the end of line that is then part of the value.
+
+    To plan with: `mean_key` and `mean_value` are mean lengths, `fact_bytes` the least and the most
+    of both together.
     """
 
     name: str
@@ -40,7 +46,7 @@ class Template:
     close: bytes = b"\n"
     mean_key: float = sum(KEY_LETTERS) / 2
     mean_value: float = VALUE_DIGITS
-    least_fact: int = KEY_LETTERS[0] + VALUE_DIGITS
+    fact_bytes: tuple[int, int] = (KEY_LETTERS[0] + VALUE_DIGITS, KEY_LETTERS[1] + VALUE_DIGITS)
 
     def write(self, fact: Fact) -> bytes:
         """The needle."""
@@ -63,7 +69,12 @@ class Template:
     @property
     def least_pair_bytes(self) -> int:
         """Least length of the same."""
-        return self._own_bytes + 2 * self.least_fact
+        return self._own_bytes + 2 * self.fact_bytes[0]
+
+    @property
+    def most_pair_bytes(self) -> int:
+        """Greatest length of the same."""
+        return self._own_bytes + 2 * self.fact_bytes[1]
 
     @property
     def _own_bytes(self) -> int:
@@ -82,7 +93,17 @@ RANDOM_TEMPLATES: dict[str, Template] = {
         ),
     )
 }
-TEMPLATES = RANDOM_TEMPLATES
+# Where a function is defined; names and paths are those of real code (see `moe.probes.needle.definitions`).
+DEFINITION = Template(
+    "definition",
+    needle=(b"def ", b"(  # ", b""),
+    query=(b"# where is def ", b"? "),
+    close=b"",
+    mean_key=20,
+    mean_value=23,  # of the standard library
+    fact_bytes=(len(b"fa.py\n"), LONGEST_NAME + LONGEST_PATH),
+)
+TEMPLATES = {**RANDOM_TEMPLATES, DEFINITION.name: DEFINITION}
 
 
 def draw_needles(

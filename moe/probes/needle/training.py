@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.probes.needle.config import LEAST_LENGTH, NeedleConfig
-from moe.probes.needle.needles import TEMPLATES, Fact, Template, draw_needles
+from moe.probes.needle.config import NeedleConfig
+from moe.probes.needle.definitions import Definitions
+from moe.probes.needle.needles import DEFINITION, TEMPLATES, Fact, Template, draw_needles
 
 Array = NDArray[np.int64]
 MIXED = 0.5  # of the sequences: every pair draws its template; the others have one template each
@@ -40,16 +41,32 @@ class TrainingBatch:
 
 
 def training_batch(
-    text: NDArray[np.uint8], config: NeedleConfig, *, length: int, batch: int, seed: int, step: int
+    text: NDArray[np.uint8],
+    config: NeedleConfig,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    step: int,
+    definitions: Definitions | None = None,
 ) -> TrainingBatch:
     """The sequences of one step, counted from 0, with filler from `text` (any size, may be memory-mapped).
 
+    The template `definition` takes its names and paths from `definitions`.
+
     Raises:
-        ValueError: a text shorter than a sequence, or sequences too short for a needle and its query.
+        ValueError: a text shorter than a sequence, sequences too short for a needle and its query, or no
+            definitions for a template that needs them.
     """
-    if length < LEAST_LENGTH:
+    if DEFINITION.name in config.templates and definitions is None:
         raise ValueError(
-            f"length={length} must be at least {LEAST_LENGTH} bytes: a needle and its query have to fit."
+            f"needle.templates names {DEFINITION.name!r}, which asks for functions of real code. "
+            f"Give definitions=find_definitions(corpus.train, corpus.root), or leave it out."
+        )
+    if length < config.least_length:
+        raise ValueError(
+            f"length={length} must be at least {config.least_length} bytes: the longest needle and its query "
+            f"have to fit into needle.needle_share={config.needle_share} of it."
         )
     if len(text) <= length:
         raise ValueError(
@@ -57,7 +74,7 @@ def training_batch(
             f"Give more text or shorten the sequence."
         )
     rng = np.random.default_rng([seed, step])
-    rows = [_draw_row(rng, text, config, length) for _ in range(batch)]
+    rows = [_draw_row(rng, text, config, length, definitions) for _ in range(batch)]
     return TrainingBatch(
         *(
             torch.from_numpy(np.stack([getattr(row, field.name) for row in rows]))
@@ -69,12 +86,14 @@ def training_batch(
 def predicted_places(config: NeedleConfig, length: int) -> int:
     """How many places (m) of a sequence are predicted.
 
-    All answers of a sequence of the template that has most of them, and `text_share` of the other places.
+    All answers of a sequence of the template that has most of them, and `text_share` of the other places; so
+    few answers that the longest one might not fit are impossible.
     """
     budget = config.needle_share * length
     templates = [TEMPLATES[name] for name in config.templates]
     answers = max(budget / template.mean_pair_bytes * template.mean_value for template in templates)
-    return max(1, round(answers + config.text_share * (length - answers)))
+    longest = max(template.fact_bytes[1] for template in templates)
+    return max(longest, round(answers + config.text_share * (length - answers)))
 
 
 class _Row(NamedTuple):
@@ -95,9 +114,17 @@ class _Pair(NamedTuple):
     closed: bytes  # query, answer and what follows it
 
 
-def _draw_row(rng: np.random.Generator, text: NDArray[np.uint8], config: NeedleConfig, length: int) -> _Row:
-    count = predicted_places(config, length)
-    pairs = _draw_pairs(rng, config, int(config.needle_share * (length + 1)), most_answers=count)
+def _draw_row(
+    rng: np.random.Generator,
+    text: NDArray[np.uint8],
+    config: NeedleConfig,
+    length: int,
+    definitions: Definitions | None,
+) -> _Row:
+    count, budget = predicted_places(config, length), int(config.needle_share * (length + 1))
+    templates = _draw_templates(rng, config, budget)
+    facts = _draw_facts(rng, config, templates, definitions)
+    pairs = _fill(templates, facts, budget, most_answers=count)
     pieces, needle_piece, query_piece = _lay_out(rng, pairs, text, length + 1)
     starts = np.fromiter(accumulate(map(len, pieces), initial=0), np.int64)
     row = np.frombuffer(b"".join(pieces), np.uint8).astype(np.int64)
@@ -117,28 +144,6 @@ def _draw_row(rng: np.random.Generator, text: NDArray[np.uint8], config: NeedleC
     return _Row(row[:-1], places, row[places + 1], pointers >= 0, pointers)
 
 
-def _draw_pairs(
-    rng: np.random.Generator, config: NeedleConfig, budget: int, most_answers: int
-) -> list[_Pair]:
-    """As many pairs as `budget` bytes hold, with at most `most_answers` bytes to answer."""
-    templates = _draw_templates(rng, config, budget)
-    facts = draw_needles(
-        rng,
-        len(templates),
-        near_duplicate_keys=config.near_duplicate_keys,
-        near_duplicate_values=config.near_duplicate_values,
-    )
-    pairs = []
-    for template, fact in zip(templates, facts, strict=True):
-        pair = _pair(template, fact)
-        budget -= len(pair.needle) + len(pair.closed)
-        most_answers -= len(pair.value)
-        if budget < 0 or most_answers < 0:
-            break
-        pairs.append(pair)
-    return pairs
-
-
 def _draw_templates(rng: np.random.Generator, config: NeedleConfig, budget: int) -> list[Template]:
     """The templates of more pairs than `budget` bytes can hold: of each pair its own, or of all the same."""
     templates = [TEMPLATES[name] for name in config.templates]
@@ -146,6 +151,42 @@ def _draw_templates(rng: np.random.Generator, config: NeedleConfig, budget: int)
     choices = templates if mixed else [templates[rng.integers(len(templates))]]
     most = budget // min(template.least_pair_bytes for template in choices) + 1
     return [choices[i] for i in rng.integers(len(choices), size=most).tolist()]
+
+
+def _draw_facts(
+    rng: np.random.Generator,
+    config: NeedleConfig,
+    templates: list[Template],
+    definitions: Definitions | None,
+) -> list[Fact]:
+    """A fact for each template; fewer when there are not as many definitions."""
+    near = {
+        "near_duplicate_keys": config.near_duplicate_keys,
+        "near_duplicate_values": config.near_duplicate_values,
+    }
+    about_code = [template is DEFINITION for template in templates]
+    made_up = iter(draw_needles(rng, len(templates) - sum(about_code), **near))
+    real = iter(definitions.draw(rng, sum(about_code), **near) if definitions and any(about_code) else ())
+    facts: list[Fact] = []
+    for is_code in about_code:
+        fact = next(real if is_code else made_up, None)
+        if fact is None:
+            break
+        facts.append(fact)
+    return facts
+
+
+def _fill(templates: list[Template], facts: list[Fact], budget: int, most_answers: int) -> list[_Pair]:
+    """As many pairs as `budget` bytes hold, with at most `most_answers` bytes to answer."""
+    pairs = []
+    for template, fact in zip(templates, facts, strict=False):
+        pair = _pair(template, fact)
+        budget -= len(pair.needle) + len(pair.closed)
+        most_answers -= len(pair.value)
+        if budget < 0 or most_answers < 0:
+            break
+        pairs.append(pair)
+    return pairs
 
 
 def _pair(template: Template, fact: Fact) -> _Pair:
