@@ -5,7 +5,10 @@ from torch import Tensor
 from moe.cross_entropy import IGNORED
 from moe.decoder import Decoder, DecoderLoss
 from moe.losses import pointer_loss
+from moe.probes.needle.definitions import find_definitions
+from moe.probes.needle.needles import DEFINITION
 from moe.probes.needle.training import training_batch
+from moe.train.corpus import find_corpus
 from moe.train.data import Windows
 from moe.train.settings import RunConfig
 
@@ -19,6 +22,10 @@ class FindNeedles:
     def __init__(self, config: RunConfig, windows: Windows) -> None:
         assert config.needle is not None, "only a run with a part `needle` trains on needles"
         self.config, self.needle, self.text = config, config.needle, windows.tokens
+        self.definitions = None
+        if DEFINITION.name in config.needle.templates:
+            corpus = find_corpus(config.data)
+            self.definitions = find_definitions(corpus.train, corpus.root)
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """The tensors of a `TrainingBatch`."""
@@ -27,7 +34,13 @@ class FindNeedles:
             step, train.steps, length=data.sequence_length, batch=train.batch_size
         )
         made = training_batch(
-            self.text, self.needle, length=length, batch=batch, seed=train.seed, step=step
+            self.text,
+            self.needle,
+            length=length,
+            batch=batch,
+            seed=train.seed,
+            step=step,
+            definitions=self.definitions,
         )
         return made.ids, made.places, made.targets, made.is_answer, made.pointers
 

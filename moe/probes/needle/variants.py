@@ -1,0 +1,20 @@
+"""What each ingredient of the preset `needle` is worth: the run without it, as overrides of the preset."""
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "no pointer loss": ("needle.pointer_loss=0.0",),
+    "constant logit scale": ("model.use_ssmax=false",),
+    "rotary in the global layer": ("model.no_rope_layers=[1, 1, 1]",),
+    "random init": ("model.attention_init=normal",),
+    "no convolutions but on q, k, v": ('model.canon_set=["", "", "B"]',),
+    "key shift alone": ('model.canon_set=["AC", "AC", "AK"]',),
+    "dense of equal active size": ("model.num_experts=0", "model.intermediate_size=96"),
+    "32 experts": ("model.num_experts=32",),
+    "one sliding layer": (
+        "model.num_hidden_layers=2",
+        "model.layer_types=LG",
+        "model.no_rope_layers=[1, 0]",
+        'model.canon_set=["AC", "AB"]',
+    ),
+    "code": ('needle.templates=["key_value", "sentence", "definition"]',),
+}
+"""The name of each variant and its overrides; `code` adds a template instead of taking something away."""
