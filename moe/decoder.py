@@ -137,7 +137,7 @@ class Block(nn.Module):
         """x (b s d) -> x (b m d) at the places `at`; keys and values come from all of x."""
         wanted = at
         if self.post_attention_conv is not None and at is not None:
-            at = self._with_halo(at, x.shape[1])
+            at = self._with_halo(at, x.shape[1], may_end_early=mask is not None and cache is not None)
         normed = self.input_layernorm(x)
         if self.input_conv is not None:
             normed = self.input_conv(normed, mask, cache)
@@ -153,15 +153,18 @@ class Block(nn.Module):
         output = self.mlp(normed, mask)
         return BlockOutput(self._add(x, output.y), output.routing, output.plan, attended)
 
-    def _with_halo(self, at: At, s: int) -> int:
-        """The last places that the convolution behind attention reads for the last `at`."""
+    def _with_halo(self, at: At, s: int, *, may_end_early: bool) -> int:
+        """The last places that the convolution behind attention reads for the last `at`.
+
+        All of them where rows `may_end_early`: a cache keeps the last real tokens, wherever they stand.
+        """
         if not isinstance(at, int):
             raise ValueError(
                 "at: the last layer has a convolution before its feed-forward (C in canon_set), which reads "
                 "neighbours; give a number of last places."
             )
         assert self.post_attention_conv is not None
-        return min(s, at + len(self.post_attention_conv.weight) - 1)
+        return s if may_end_early else min(s, at + len(self.post_attention_conv.weight) - 1)
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self.residual_multiplier == 1 else x + self.residual_multiplier * y
