@@ -148,6 +148,7 @@ class Block(nn.Module):
             normed = self.post_attention_conv(normed, mask, cache)
             if isinstance(wanted, int):
                 x, normed, mask = (y if y is None else select(y, wanted) for y in (x, normed, mask))
+                attended = attended.narrowed(wanted)
         if isinstance(self.mlp, SwiGLU):
             return BlockOutput(self._add(x, self.mlp(normed)), None, None, attended)
         output = self.mlp(normed, mask)
