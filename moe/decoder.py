@@ -147,7 +147,8 @@ class Block(nn.Module):
         if self.post_attention_conv is not None:
             normed = self.post_attention_conv(normed, mask, cache)
             if isinstance(wanted, int):
-                x, normed, mask = (y if y is None else select(y, wanted) for y in (x, normed, mask))
+                x, normed = select(x, wanted), select(normed, wanted)
+                mask = None if mask is None else select(mask, wanted)
         if isinstance(self.mlp, SwiGLU):
             return BlockOutput(self._add(x, self.mlp(normed)), None, None, attended)
         output = self.mlp(normed, mask)
@@ -360,10 +361,8 @@ class Decoder(nn.Module):
         cross_entropy = self.cross_entropy(hidden.states, targets, chunk_tokens=chunk_tokens)
         return self.with_router_losses(cross_entropy, cross_entropy, hidden, len(ids))
 
-    def cross_entropy(
-        self, states: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
-    ) -> Tensor:
-        """Mean nats of the targets (b m) after states (b m d); -100 is not counted. As `linear_cross_entropy`."""
+    def cross_entropy(self, states: Tensor, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+        """Mean nats of the targets (b m) after states (b m d); -100 is not counted."""
         return linear_cross_entropy(
             rearrange(self._scaled(states), "b m d -> (b m) d"),
             self.head_weight,

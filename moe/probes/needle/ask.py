@@ -62,9 +62,7 @@ def answer(
     for group in _groups(questions, batch):
         ids = torch.tensor([list(questions[i].query) for i in group], device=device)
         new = len(questions[group[0]].answer)
-        out = decoder.generate(
-            ids, max_new_tokens=new, temperature=0.0, cache=cache.fork(len(group))
-        )
+        out = decoder.generate(ids, max_new_tokens=new, temperature=0.0, cache=cache.fork(len(group)))
         given |= {i: bytes(row) for i, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True)}
         answered(len(given), len(questions))
     return tuple(given[i] for i in range(len(questions)))
