@@ -223,7 +223,8 @@ def test_a_verdict_is_one_line_with_n_and_the_bound():
 
 def test_verdicts_pool_haystacks_and_keep_models_apart():
     half = asked(250, 250, text={**TEXT, "digest": "second"})
-    assert verdicts(NeedleRecord((asked(250, 250), half), {})) == [
+    again = asked(249, 250, dtype="bfloat16")
+    assert verdicts(NeedleRecord((again, asked(250, 250), half), {})) == [
         "64k sentence: 500/500 = 100.0 % (>= 99.4 %)"
     ]
     control = asked(0, 250, variant="shuffled values")
@@ -277,10 +278,10 @@ def test_steps_of_one_run_are_told_apart_and_lengths_share_a_path():
 
 
 def test_of_equal_fifths_the_one_with_the_fewest_questions_is_the_worst():
-    row = replace(ROW, depths=(0.1, 0.3, 0.3, 0.9), correct=(True,) * 4)
-    assert "1/1 at 0-20 %" in needle_table(NeedleRecord((row,), {}))[2]
-    lost = replace(row, correct=(True, True, False, True))
-    assert "1/2 at 20-40 %" in needle_table(NeedleRecord((lost,), {}))[2]
+    row = replace(ROW, depths=(0.1, 0.1, 0.3, 0.9, 0.9), correct=(True,) * 5)
+    assert "1/1 at 20-40 %" in needle_table(NeedleRecord((row,), {}))[2]
+    lost = replace(row, correct=(True, False, True, True, True))
+    assert "1/2 at 0-20 %" in needle_table(NeedleRecord((lost,), {}))[2]
 
 
 # The figures
@@ -327,10 +328,12 @@ def test_a_cell_without_questions_is_grey_and_hatched(tmp_path):
         found = colours_of_cell(path, figure, panel, column, depth)
         assert np.ptp(found, axis=1).max() < 2 / 255
         assert np.ptp(found[:, 0]) > 0.1
+        assert np.median(found) == pytest.approx(0xE4 / 255, abs=2 / 255)
 
 
 def test_there_is_a_panel_for_each_template_and_its_words_are_right():
-    figure = needle_figure(known_record(), depths=4)
+    again = known_record(dtype="bfloat16").rows  # the same questions: they count once
+    figure = needle_figure(merge([known_record(), NeedleRecord(again, {})]), depths=4)
     key_value, sentence, _ = figure.axes
     assert key_value.get_title() == "key_value: 12/17 = 70.5 % (≥ 47.8 %)"
     assert sentence.get_title() == "sentence: 6/6 = 100.0 % (≥ 60.6 %)"
