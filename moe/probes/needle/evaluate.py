@@ -248,6 +248,7 @@ def make_row(
         cache_bytes=max(result.cache_bytes for result in results),
         peak_bytes=max(result.peak_bytes for result in results),
         path=results[0].path,
+        trained_length=run.config.data.sequence_length,
         dtype=str(questions.dtype).removeprefix("torch."),
         text={
             "root": results[0].text["root"],
