@@ -36,6 +36,8 @@ def attend(
     """
     scale = float(queries.shape[-1] ** -0.5) if scale is None else scale
     s, l = queries.shape[2], keys.shape[2]
+    if s == 0:  # a prompt that is only read, up to the keys and values of the last layer
+        return queries.new_empty(*queries.shape[:3], values.shape[3])
     if shared is not None:
         return _attend_forked(queries, keys, values, sight, scale, sinks, shared)
     if sight.allowed is None and sight.window is not None and l > sight.window:
