@@ -34,7 +34,7 @@ def attend(
     With a mask on CUDA the key heads are repeated: of the kernels that take a mask, only the one that
     writes all s * l weights to memory shares key heads.
     """
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(queries.shape[-1] ** -0.5) if scale is None else scale
     s, l = queries.shape[2], keys.shape[2]
     if s == 0:  # a prompt that is only read, up to the keys and values of the last layer
         return queries.new_empty(*queries.shape[:3], values.shape[3])
