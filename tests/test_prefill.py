@@ -49,9 +49,9 @@ def test_a_prompt_kept_in_few_bits_is_one_read_into_such_a_cache(name, dtype):
     with torch.no_grad():
         parts = [decoder(piece, cache=cache).hidden for piece in ids.split(7, dim=1)]
         read = prefill(decoder, ids, chunk=7, dtype=dtype)
+        saved = prefill(decoder, ids).cache.nbytes - read.cache.nbytes
         assert_close(read.state, parts[-1][:, -1])
         assert_close(decoder(more, cache=read.cache).logits, decoder(more, cache=cache).logits)
-    saved = prefill(decoder, ids).cache.nbytes - read.cache.nbytes
     assert saved == cache_bytes(decoder.config, 18, torch.float64) - cache_bytes(decoder.config, 18, dtype)
 
 
