@@ -242,7 +242,7 @@ def _check_kinds(buffers: "list[Tensor] | tuple[Tensor, ...]", new: tuple[Tensor
         )
 
 
-def _inputs(x: Tensor) -> tuple[int, int, int, str, str]:
+def _inputs(x: Tensor) -> tuple[int | str, ...]:
     return (*x.shape, str(x.dtype), str(x.device))
 
 

@@ -1,11 +1,16 @@
 """Decoders for long context: the definition in loops, some places only, in every precision, compiled."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from decoder_variants import VARIANTS, by_loops, drawn, tokens
+from einops import einsum
 from torch import Tensor
 
+from moe import Decoder
 from moe.kv_cache import KVCache
+from moe.train.presets import PRESETS
 
 DEFINED = [
     "no positions in one layer",
@@ -156,3 +161,73 @@ def test_prompts_padded_on_either_side_go_on_as_if_each_were_alone(name, places)
             torch.testing.assert_close(
                 torch.cat(parts, dim=1)[row], decoder(alone).logits[0, -4:], rtol=1e-9, atol=1e-9
             )
+
+
+# Precision, compilation, initialisation
+
+TRAINED = ["long context", "long context of one key head", "long context of experts"]
+
+
+def test_the_loss_compiles_as_one_graph():
+    decoder, ids = drawn("long context of experts").float(), tokens(length=12)
+    mask = left_padded(ids)
+    compiled = torch.compile(decoder.loss, fullgraph=True, backend="eager")
+    ours, truth = (loss(ids, ids, mask=mask).total for loss in (compiled, decoder.loss))
+    torch.testing.assert_close(ours, truth)
+    parameters = list(decoder.parameters())
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (ours, truth))
+    for our, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(our, true, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_autocast_trains_float32_weights(name):
+    decoder, ids = drawn(name).float(), tokens(length=12)
+    truth = decoder.loss(ids, ids).total
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = decoder.loss(ids, ids).total
+    loss.backward()
+    torch.testing.assert_close(loss, truth, rtol=0.05, atol=0)
+    for key, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_weights_give_the_logits_of_wide_ones_up_to_rounding(name, dtype):
+    narrow, ids = drawn(name).to(dtype), tokens(length=12)
+    wide = drawn(name)
+    wide.load_state_dict({key: value.double() for key, value in narrow.state_dict().items()})
+    with torch.no_grad():
+        ours, truth = narrow(ids).logits, wide(ids).logits
+        cache = KVCache()
+        pieces = [narrow(piece, cache=cache).logits for piece in ids.split([5, 1, 6], dim=1)]
+    assert ours.dtype == dtype
+    for logits in (ours, torch.cat(pieces, dim=1)):
+        error = (logits.double() - truth).abs().mean() / truth.abs().mean()
+        assert error < 20 * torch.finfo(dtype).eps
+
+
+def attention_to_what_came_next(init: str, seed: int) -> Tensor:
+    """How much the last layer of an untrained model looks from a random segment that it has seen before at
+    the token after the earlier occurrence of each of its tokens, (b n m), m of them.
+    """
+    torch.manual_seed(seed)
+    decoder = Decoder(replace(PRESETS["needle"]().model, attention_init=init))
+    segment, other = torch.randint(256, (4, 24)), torch.randint(256, (4, 200))
+    ids = torch.cat([other[:, :60], segment, other[:, 60:], segment], dim=1)
+    with torch.no_grad():
+        attended = decoder.hidden(ids).attended
+    logits = einsum(attended.queries, attended.keys[:, 0], "b n s c, b l c -> b n s l")
+    unseen = torch.ones(logits.shape[2:], dtype=torch.bool).triu(1)
+    weights = logits.masked_fill(unseen, -torch.inf).softmax(-1)
+    places = torch.arange(ids.shape[1] - 16, ids.shape[1] - 1)  # with enough of the segment before them
+    return weights[:, :, places, places - 164 + 1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_untrained_model_that_begins_as_an_induction_head_finds_what_came_next(seed):
+    ready, normal = (attention_to_what_came_next(init, seed) for init in ("induction", "normal"))
+    assert (ready > 0.5).float().mean() > 0.5 and ready.mean() > 0.4  # most of 248 places
+    assert normal.mean() < 0.02
