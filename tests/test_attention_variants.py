@@ -84,6 +84,29 @@ def test_attention_with_windows_and_sinks_is_its_definition(window, has_sinks, v
         torch.testing.assert_close(our, true, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+def test_each_input_of_attention_alone_has_the_gradient_that_it_has_among_all(has_sinks, monkeypatch):
+    monkeypatch.setattr(
+        "moe.attend.MASK_BYTES", 1
+    )  # so that keys are read in blocks where nobody differentiates
+    q, k, v = (torch.randn(2, n, s, 8, dtype=torch.float64) for n, s in ((6, 4), (2, 9), (2, 9)))
+    leaves = [q, k, v, *([torch.randn(6, dtype=torch.float64)] if has_sinks else [])]
+    sight, upstream = Sight(torch.arange(5, 9)[None]), torch.randn(2, 6, 4, 8, dtype=torch.float64)
+
+    def gradients(wanted: list[int]) -> list[Tensor]:
+        given = [leaf.detach().requires_grad_(i in wanted) for i, leaf in enumerate(leaves)]
+        out = attend(*given[:3], sight, sinks=given[3] if has_sinks else None)
+        return list(torch.autograd.grad(out, [given[i] for i in wanted], upstream))
+
+    together = gradients(list(range(len(leaves))))
+    for i, expected in enumerate(together):
+        torch.testing.assert_close(gradients([i])[0], expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        blocks = attend(*leaves[:3], sight, sinks=leaves[3] if has_sinks else None)
+    q.requires_grad_()
+    torch.testing.assert_close(blocks, attend(*leaves[:3], sight, sinks=leaves[3] if has_sinks else None))
+
+
 def test_a_huge_sink_takes_all_the_weight_and_stays_finite():
     x = torch.randn(1, 2, 4, 8)
     sight = Sight.causal((1, 4), x.device, None, None)
