@@ -49,6 +49,7 @@ print(f"the cache has {read.cache.nbytes:,} bytes")
 shared = read.cache.fork(rows=1).shared(2)  # keys and values of the full layer
 assert shared is not None
 for question, place in zip(questions, places, strict=True):
+    end = place + len(question)
     fork = read.cache.fork(rows=1)  # continues the text, and shares its memory
     with torch.no_grad():
         looked = decoder.hidden(torch.tensor([list(question)]), cache=fork, at=1).attended
