@@ -54,6 +54,5 @@ for question, place in zip(questions, places, strict=True):
     with torch.no_grad():
         looked = decoder.hidden(torch.tensor([list(question)]), cache=fork, at=1).attended
     logits = (looked.queries[0, :, -1] @ shared[0][0, 0].T).mean(0)  # of 100,000 keys, over both heads
-    print(
-        f"{question.decode()!r} looks at byte {int(logits.argmax())}, what follows it is at {place + len(question)}"
-    )
+    found = int(logits.argmax())
+    print(f"{question.decode()!r} looks at byte {found}, what follows it is at {end}")
