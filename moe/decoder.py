@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         values for all tokens, and all else for these places alone: less work, the same states. A cache is
         filled as by a whole pass; with 0 places that is all that is done.
         """
-        _check_ids(ids, self.config.vocab_size)
+        check_ids(ids, self.config.vocab_size)
         _check_mask(mask, ids)
         check_places(at, (ids.shape[0], ids.shape[1]))
         if isinstance(at, Tensor) and cache is not None:
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
             raise ValueError(f"targets {_shape(targets)} must have the shape of ids {_shape(ids)}.")
         _check_mask(mask, ids)
         targets = targets if mask is None else targets.where(mask, IGNORED)
-        _check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
+        check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
         hidden = self.hidden(ids, mask=mask)
         cross_entropy = self.cross_entropy(hidden.states, targets, chunk_tokens=chunk_tokens)
         return self.with_router_losses(cross_entropy, cross_entropy, hidden, len(ids))
@@ -279,7 +279,12 @@ class Decoder(nn.Module):
         return decoder.to(dtype).eval() if dtype else decoder.eval()
 
 
-def _check_ids(ids: Tensor, vocab_size: int, what: str = "id") -> None:
+def check_ids(ids: Tensor, vocab_size: int, what: str = "id") -> None:
+    """Refuse what is no int64 tensor (b s) of ids in the vocabulary.
+
+    Raises:
+        ValueError: says which; inside torch.compile values are not looked at.
+    """
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(f"{what}s must be an int64 tensor (b s), got {_shape(ids)} of {ids.dtype}.")
     if torch.compiler.is_compiling() or ids.is_meta or not ids.numel():
