@@ -143,11 +143,16 @@ class DecoderConfig(MoEConfig):
             )
         if self.intermediate_size is None and not all(map(self.is_moe_layer, layers)):
             raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
+        types = self.layer_types
+        if types is not None and len(types) != len(layers):
+            raise ValueError(f"layer_types={types} must be one for each of the {len(layers)} layers.")
+        if types is not None and "sliding_attention" in types and self.sliding_window is None:
+            raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
         self._check_convolutions()
         if self.use_ssmax and self.max_position_embeddings < 2:
             raise ValueError(
-                f"max_position_embeddings={self.max_position_embeddings} with use_ssmax=True must be at least "
-                f"2: the scale begins at 1 / log of it."
+                f"max_position_embeddings={self.max_position_embeddings} with use_ssmax=True must be at "
+                f"least 2: the scale begins at 1 / log of it."
             )
         if self.no_rope_layers is not None and (
             len(self.no_rope_layers) != len(layers) or not set(self.no_rope_layers) <= {0, 1}
@@ -156,14 +161,6 @@ class DecoderConfig(MoEConfig):
                 f"no_rope_layers={self.no_rope_layers} must be {len(layers)} numbers, 1 for a layer with "
                 f"rotary embedding and 0 for one without positions."
             )
-        if self.layer_types is None:
-            return
-        if len(self.layer_types) != len(layers):
-            raise ValueError(
-                f"layer_types={self.layer_types} must be one for each of the {len(layers)} layers."
-            )
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
 
     def _check_convolutions(self) -> None:
         words = self.canon_set

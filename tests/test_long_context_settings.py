@@ -50,7 +50,11 @@ def test_a_pattern_that_fits_no_memory_is_refused(count):
 
 
 NONSENSE = {
-    "another number of layers": ({"layer_types": "LLGx2", "sliding_window": 4}, "one for each of the 3 layers"),
+    "another number of layers": (
+        {"layer_types": "LLGx2", "sliding_window": 4},
+        "one for each of the 3 layers",
+    ),
+    "fewer types than layers": (LONG | {"layer_types": "LG"}, "one for each of the 3 layers"),
     "a pattern without a window": ({"layer_types": "LLG"}, "sliding_window is not set"),
     "a number": ({"layer_types": 3}, "layer_types=3 must be a list"),
     "too few words": ({"canon_set": ("A", "B")}, r"canon_set=\('A', 'B'\) must be a word for each of the 3"),
@@ -90,7 +94,10 @@ NONSENSE = {
         {"attention_init": "induction", "canon_set": ("B", "AC", "K")},
         r"each needs B or K in canon_set=\('B', 'AC', 'K'\)",
     ),
-    "latents as induction heads": (LATENT | {"attention_init": "induction"}, "induction.*latent attention has no shift"),
+    "latents as induction heads": (
+        LATENT | {"attention_init": "induction"},
+        "induction.*latent attention has no shift",
+    ),
     "no full layer to begin so": (
         {"attention_init": "induction", "sliding_window": 4, "canon_set": ("B", "B", "B")},
         "induction.*there is no full layer",
