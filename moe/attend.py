@@ -34,7 +34,7 @@ def attend(
     With a mask on CUDA the key heads are repeated: of the kernels that take a mask, only the one that
     writes all s * l weights to memory shares key heads.
     """
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(queries.shape[-1] ** -0.5) if scale is None else scale
     s, l = queries.shape[2], keys.shape[2]
     if shared is not None:
         return _attend_forked(queries, keys, values, sight, scale, sinks, shared)

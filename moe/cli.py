@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe import cli_needle
+from moe.cli_needle import add_needle
 from moe.version import __version__
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; all files are complete.", file=sys.stderr)
-        if parsed.command == "train" and parsed.out is not None and parsed.out.exists():
-            print(f"continue with: sparse-moe train --out {parsed.out} --resume", file=sys.stderr)
+        if getattr(parsed, "out", None) is not None and parsed.out.exists():
+            command = "train" if parsed.command == "train" else "needle train"
+            print(f"continue with: sparse-moe {command} --out {parsed.out} --resume", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -51,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse a command line; overrides may stand before, between and after the options."""
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and (parsed.command not in ("train", "convert") or any(word.startswith("-") for word in rest)):
+    if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
@@ -281,6 +284,11 @@ def show_comparison(arguments: argparse.Namespace, source: "Source", target: str
     return 0 if largest <= LOGITS_AGREE else 1
 
 
+def run_needle(arguments: argparse.Namespace) -> int:
+    """Run one action of `needle`."""
+    return cli_needle.run_needle(arguments, show)
+
+
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench`."""
     parser.add_argument("name", nargs="?", help="which benchmark; without a name: list them")
@@ -343,6 +351,7 @@ COMMANDS = {
     "sample": Command("text from a checkpoint", add_sample, run_sample),
     "eval": Command("validation loss and bits per byte, or tasks of lm-eval", add_eval, run_eval),
     "convert": Command("from and to Hugging Face folders, GGUF", add_convert, run_convert),
+    "needle": Command("needles in long contexts: train, measure, draw", add_needle, run_needle),
     "bench": Command("run a benchmark of the source tree", add_bench, run_bench),
     "doctor": Command("what is installed and which backend is used", add_doctor, run_doctor),
 }

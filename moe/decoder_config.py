@@ -228,7 +228,8 @@ def layer_pattern(pattern: str) -> tuple[LayerType, ...]:
     letters, times, count = pattern.partition("x")
     if not letters or set(letters) - set(LETTERS) or (times and not (count.isdecimal() and int(count))):
         raise ValueError(
-            f"layer_types={pattern!r} must be letters L (sliding) and G (full), such as \"LLG\", or those "
+            f'layer_types={pattern!r} must be letters L (sliding) and G (full), such as "LLG", or those '
             f'and how often they come, such as "LLLGx2".'
         )
-    return tuple(LETTERS[letter] for letter in letters) * int(count or 1)
+    types: list[LayerType] = [LETTERS[letter] for letter in letters]
+    return tuple(types * int(count or 1))

@@ -99,8 +99,9 @@ class KVCache:
         keep, stop = zeros.shape[1], both.shape[1]
         if mask is None:
             last = both[:, stop - keep :].clone()
-        else:  # padding stands left, where `held` is empty, or right
-            first = (mask.sum(1) + torch.where(mask[:, -1], new.shape[1] - mask.sum(1), 0))[:, None]
+        else:  # those that end with the last real one, which padding may follow
+            counted = torch.arange(1, new.shape[1] + 1, device=new.device)
+            first = (mask * counted).amax(1, keepdim=True)
             places = first + torch.arange(keep, device=new.device)
             last = both.gather(1, places[..., None].expand(-1, -1, both.shape[2]))
         self._next.append((self._recent, name, last))

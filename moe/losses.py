@@ -156,9 +156,10 @@ def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 def pointer_loss(queries: Tensor, keys: Tensor, places: Tensor, pointers: Tensor) -> Tensor:
     """Mean of -log of the attention that the chosen queries pay to the keys they should look at -> scalar.
 
-    queries (b n m c), scaled, and keys (b g l c) as in `Hidden.attended`, where l are all tokens; places (b m)
-    of the queries; pointers (b m) int64: the place of the key, -1 where there is none to look at. A query
-    sees the keys up to its own place. 0 when nothing is pointed at. At uniform attention log(place + 1).
+    queries (b n m c), scaled, and keys (b g l c) as in `Hidden.attended`, where l are all tokens; places
+    (b m) int64 of the queries; pointers (b m) int64: the place of the key, -1 where there is none to look at.
+    A query sees the keys up to its own place. 0 when nothing is pointed at. At uniform attention
+    log(place + 1).
 
     Supervises attention itself, as pointer networks are trained (1506.03134).
     """

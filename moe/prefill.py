@@ -68,6 +68,7 @@ def prefill(
     cache = KVCache(capacity=ids.shape[1] + 1, dtype=dtype)
     device = decoder.head_weight.device
     started, total = time.perf_counter(), ids.shape[1]
+    states = torch.empty(0)
     with evaluating(decoder):
         for start in range(0, total, chunk):
             piece = ids[:, start : start + chunk].to(device, torch.int64)
@@ -84,7 +85,8 @@ def describe_path(config: DecoderConfig, *, every_place: bool = False) -> str:
     full = [layer for layer in range(config.num_hidden_layers) if config.window(layer) is None]
     last = config.num_hidden_layers - 1
     pairs = [layer for layer in full if every_place or layer != last]
-    way = "every place of every layer" if every_place else "early exit: keys and values alone in the last layer"
+    early_exit = "early exit: keys and values alone in the last layer"
+    way = "every place of every layer" if every_place else early_exit
     cost = f"all pairs of places in layers {pairs}" if pairs else "cost linear in the length"
     return f"{way}; {cost}"
 

@@ -100,9 +100,8 @@ def set_value(values: dict[str, dict[str, Any]], key: str, value: Any, *, source
     if part not in PARTS:
         raise ValueError(f"{source}: a run has no part {part!r}.{did_you_mean(part, list(PARTS))}")
     if not dot:
-        raise ValueError(
-            f"{source}: {part!r} is a table; name one of its keys, such as {part}.{next(iter(get_type_hints(PARTS[part])))}."
-        )
+        first = next(iter(get_type_hints(PARTS[part])))
+        raise ValueError(f"{source}: {part!r} is a table; name one of its keys, such as {part}.{first}.")
     hints = get_type_hints(PARTS[part])
     if name not in hints:
         raise ValueError(f"{source}: {part} has no key {name!r}.{did_you_mean(name, list(hints))}")

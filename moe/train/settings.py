@@ -164,6 +164,16 @@ class RunConfig:
                 f"{LEAST_BPE_VOCABULARY}: {BYTE_VOCABULARY} bytes, an end of text and one merge. "
                 f"Set model.vocab_size=4096."
             )
+        if self.needle is not None and self.data.tokenizer != "bytes":
+            raise ValueError(
+                f"data.tokenizer={self.data.tokenizer!r} with a part needle: needles are made of bytes. "
+                f'Set data.tokenizer="bytes" and model.vocab_size={BYTE_VOCABULARY}.'
+            )
+        if self.needle is not None and self.data.sequence_length < self.needle.least_length:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} must be at least "
+                f"{self.needle.least_length}: a needle and its query have to fit."
+            )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} is over model.max_position_embeddings="

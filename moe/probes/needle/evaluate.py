@@ -1,8 +1,10 @@
 """Recall of a trained run over haystacks of several lengths, and the controls beside it."""
 
+import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,10 +14,11 @@ from moe.prefill import Progress, cache_bytes
 from moe.probes.needle.ask import BATCH, Asked, ask
 from moe.probes.needle.haystack import Haystack, build_haystack, default_needles
 from moe.probes.needle.haystack_text import HaystackText, find_text
-from moe.probes.needle.record import NeedleRow
+from moe.probes.needle.record import NeedleRow, TextFacts
 from moe.train.corpus import find_corpus
 from moe.train.device import memory_available
 from moe.train.runs import Run
+from moe.train.settings import DataConfig
 
 Log = Callable[[str], None]
 SHUFFLED = "shuffled values"
@@ -51,7 +54,9 @@ class Questions:
     def __post_init__(self) -> None:
         for name in ("queries", "haystacks", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1: recall is measured by asking.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least 1: recall is measured by asking."
+                )
 
     def shares(self, length: int) -> list[int]:
         """How many questions of each template each haystack of this length is asked."""
@@ -125,15 +130,23 @@ def evaluate_needles(
         results.append(Result.of(haystack, text, asked))
         log(f"haystack {number}: {results[-1]}")
         del haystack, text, asked  # ten million tokens are not kept twice
-    return [_row(run, questions, length, template, results, name) for template in questions.templates]
+    return [make_row(run, questions, length, template, results, name) for template in questions.templates]
 
 
-def make_haystacks(
-    run: Run, questions: Questions, length: int
-) -> Iterator[tuple[Haystack, HaystackText]]:
+@cache
+def _digests(data: DataConfig) -> frozenset[str]:
+    corpus = find_corpus(data)
+    return frozenset(document.digest for document in (*corpus.train, *corpus.validation))
+
+
+def trained_digests(run: Run) -> frozenset[str]:
+    """SHA-256 of the files that the run read, to train or to validate."""
+    return _digests(run.config.data)
+
+
+def make_haystacks(run: Run, questions: Questions, length: int) -> Iterator[tuple[Haystack, HaystackText]]:
     """The haystacks of one length, each of other text, none of it from files that the run read."""
-    corpus = find_corpus(run.config.data)
-    trained_on = {document.digest for document in (*corpus.train, *corpus.validation)}
+    trained_on = trained_digests(run)
     for number, share in enumerate(questions.shares(length)):
         seed = questions.seed + number
         text = find_text(
@@ -161,7 +174,7 @@ class Result:
 
     answers: tuple[tuple[str, float, bool], ...]
     needles: int
-    text: dict[str, str | int | bool]
+    text: TextFacts
     path: str
     prefill_seconds: float
     answer_seconds: float
@@ -171,18 +184,31 @@ class Result:
     @classmethod
     def of(cls, haystack: Haystack, text: HaystackText, asked: Asked) -> "Result":
         """The result of questions just asked."""
+        facts: TextFacts = {
+            "root": text.root.name,
+            "digest": text.digest,
+            "files": text.files,
+            "repeated": text.repeated,
+        }
+        return cls._of(haystack, facts, asked)
+
+    @classmethod
+    def of_package(cls, haystack: Haystack, package: Path, asked: Asked) -> "Result":
+        """The result of questions about a package, whose files are the haystack."""
+        files = len({needle.fact.value for needle in haystack.needles})
+        digest = hashlib.sha256(haystack.ids.data).hexdigest()
+        facts: TextFacts = {"root": package.name, "digest": digest, "files": files, "repeated": False}
+        return cls._of(haystack, facts, asked)
+
+    @classmethod
+    def _of(cls, haystack: Haystack, text: TextFacts, asked: Asked) -> "Result":
         return cls(
             answers=tuple(
                 (question.template, question.depth, answer == question.answer)
                 for question, answer in zip(haystack.questions, asked.answers, strict=True)
             ),
             needles=len(haystack.needles),
-            text={
-                "root": str(text.root.name),
-                "digest": text.digest,
-                "files": text.files,
-                "repeated": text.repeated,
-            },
+            text=text,
             path=asked.prefill.path,
             prefill_seconds=asked.prefill.seconds,
             answer_seconds=asked.answer_seconds,
@@ -198,9 +224,10 @@ class Result:
         )
 
 
-def _row(
+def make_row(
     run: Run, questions: Questions, length: int, template: str, results: list[Result], name: str | None
 ) -> NeedleRow:
+    """One row of a record, of the results of one template in all haystacks of a length."""
     count = count_parameters(run.config.model)
     mine = [(depth, right) for r in results for kind, depth, right in r.answers if kind == template]
     asked = sum(len(result.answers) for result in results)
@@ -221,11 +248,12 @@ def _row(
         cache_bytes=max(result.cache_bytes for result in results),
         peak_bytes=max(result.peak_bytes for result in results),
         path=results[0].path,
+        trained_length=run.config.data.sequence_length,
         dtype=str(questions.dtype).removeprefix("torch."),
         text={
             "root": results[0].text["root"],
-            "digest": " ".join(str(result.text["digest"])[:16] for result in results),
-            "files": sum(int(result.text["files"]) for result in results),
+            "digest": " ".join(result.text["digest"][:16] for result in results),
+            "files": sum(result.text["files"] for result in results),
             "repeated": any(result.text["repeated"] for result in results),
         },
     )

@@ -78,7 +78,7 @@ def format_percent(share: float) -> str:
     """A share in per cent, cut off after one decimal place; "-" for NaN."""
     if math.isnan(share):
         return ABSENT
-    return f"{math.floor(round(share * 1000, 9)) / 10:.1f}"  # 0.57 * 1000 is 569.9999999999999
+    return f"{math.floor(share * 1000) / 10:.1f}"
 
 
 def format_bytes(size: int) -> str:

@@ -1,5 +1,9 @@
 """Training a decoder to find needles: dense sequences, the loss of answers, and where it should look."""
 
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.cross_entropy import IGNORED
@@ -21,7 +25,8 @@ class FindNeedles:
 
     def __init__(self, config: RunConfig, windows: Windows) -> None:
         assert config.needle is not None, "only a run with a part `needle` trains on needles"
-        self.config, self.needle, self.text = config, config.needle, windows.tokens
+        self.config, self.needle = config, config.needle
+        self.text = cast("NDArray[np.uint8]", windows.tokens)  # bytes are the only tokens of needles
         self.definitions = None
         if DEFINITION.name in config.needle.templates:
             corpus = find_corpus(config.data)

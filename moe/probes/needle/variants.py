@@ -18,3 +18,21 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "code": ('needle.templates=["key_value", "sentence", "definition"]',),
 }
 """The name of each variant and its overrides; `code` adds a template instead of taking something away."""
+
+
+def overrides_of(name: str | None) -> tuple[str, ...]:
+    """The overrides of a variant, whose words may be joined by hyphens; none without a name.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    if name is None:
+        return ()
+    known = {_slug(variant): overrides for variant, overrides in VARIANTS.items()}
+    if _slug(name) not in known:
+        raise ValueError(f"there is no variant {name!r}. Known: {', '.join(known)}.")
+    return known[_slug(name)]
+
+
+def _slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
