@@ -19,6 +19,8 @@ from torch import Tensor
 
 from benchmarks.accuracy import WrongResultError, complain
 from benchmarks.measure import Budget, Timing, time_in_turns
+from moe.attend import attend
+from moe.sight import Sight
 from moe.streamed_attention import streamed_attention
 
 OURS, ROWS, BATCH, SINGLE = "ours", "sdpa, rows", "sdpa, batch", "sdpa, one at a time"
@@ -69,11 +71,11 @@ def measure_over_cache(
     dtype, tokens = str(keys.dtype).removeprefix("torch."), keys.shape[2]
     candidates = over_cache(queries, keys, values)
     skipped = {name: reason for name in candidates if (reason := _too_long(name, dtype, tokens, earlier))}
-    candidates = {name: attend for name, attend in candidates.items() if name not in skipped}
+    candidates = {name: work for name, work in candidates.items() if name not in skipped}
     truth = streamed_attention(queries.double(), keys, values, scale=SHARP).out
     errors = _errors(candidates, truth, ROWS, tokens)
     timings = time_in_turns(
-        {name: lambda number, attend=attend: attend for name, attend in candidates.items()},
+        {name: lambda number, work=work: work for name, work in candidates.items()},
         keys.device,
         budget,
     )
@@ -90,17 +92,21 @@ def measure_all_pairs(
     device: torch.device,
     budget: Budget,
 ) -> dict[str, Any]:
-    """Every place to all before it, one key head: ours chunk by chunk, torch's all at once (is_causal)."""
+    """Every place to all before it, one key head: ours chunk by chunk, torch's all at once (is_causal).
+
+    Ours is `moe.attend.attend`, which a prefill calls: it takes torch's attention where a chunk sees no key
+    but its own, and reads the keys in blocks after that.
+    """
     generator = torch.Generator().manual_seed(0)
     draw = (torch.randn(1, h, tokens, channels, generator=generator) for h in (heads, 1, 1))
     queries, keys, values = (x.to(device, dtype) for x in draw)
+    everything = Sight(torch.zeros(1, 1, dtype=torch.int64, device=device))  # attend asks for no positions
 
     def ours() -> Tensor:
         parts = [
-            streamed_attention(
-                queries[:, :, start : start + chunk], keys, values, scale=SHARP, first=start
-            ).out.to(dtype)
+            attend(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], everything, scale=SHARP)
             for start in range(0, tokens, chunk)
+            for end in [min(start + chunk, tokens)]
         ]
         return torch.cat(parts, dim=2)
 
@@ -125,7 +131,7 @@ def _errors(candidates: dict[str, Attend], truth: Tensor, same_dtype: str, token
     Raises:
         WrongResultError: ours errs more than twice as much as torch's attention in the same dtype.
     """
-    outs = {name: attend() for name, attend in candidates.items()}
+    outs = {name: work() for name, work in candidates.items()}
     peer = outs[same_dtype]
     if complaint := complain(outs[OURS].to(peer.dtype), peer, truth):
         raise WrongResultError(f"{OURS}, attention to {tokens} places: {complaint}")

@@ -1,8 +1,8 @@
 """Four times the experts at the same active ones: what a token costs, and what is found.
 
-The preset `needle` with 8 and with 32 experts a layer, two of them for each token. A training step is whole:
-its batch, the losses, the gradients, the optimizer, the balance. With two trained runs, those are read with
-and asked instead.
+The preset `needle` with 8 and with 32 experts a layer, two of them for each token; and, since attention and
+embedding do not grow, with as many as make four times all parameters. A training step is whole: its batch, the
+losses, the gradients, the optimizer, the balance. Two trained runs are read with instead, and asked.
 """
 
 from dataclasses import asdict, replace
@@ -31,51 +31,60 @@ RECALL_LENGTH = 1 << 18
 NEVER_ENDING = 1_000_000  # steps, so that the learning rate stays in its warm-up
 
 
-def settings_of_both(folders: list[Path]) -> tuple[RunConfig, RunConfig]:
-    """Few experts and many: of two runs, or the preset and four times its experts.
+def settings_by_experts(folders: list[Path]) -> list[RunConfig]:
+    """Few experts first: two runs; or one, or the preset, with four times the experts and the parameters.
 
     Raises:
         ValueError: two runs that differ in more than their experts.
     """
     if len(folders) < 2:
         few = settings_of(folders[0] if folders else None)
-        return few, change(few, None, [f"model.num_experts={MORE * few.model.num_experts}"])
+        more = [MORE * few.model.num_experts, experts_for(few.model, MORE)]
+        return [few, *(change(few, None, [f"model.num_experts={number}"]) for number in more)]
     few, many = sorted(map(settings_of, folders), key=lambda settings: settings.model.num_experts)
     if replace(many.model, num_experts=few.model.num_experts) != few.model:
         raise ValueError(
             f"{folders[0]} and {folders[1]} are to be compared, but their models differ in more than "
             f"num_experts. Give two runs of which one has other experts and nothing else."
         )
-    return few, many
+    return [few, many]
+
+
+def experts_for(config: DecoderConfig, times: float) -> int:
+    """The least multiple of its experts with so many times the parameters in all."""
+    wanted, number = times * count_parameters(config).total, config.num_experts
+    while count_parameters(replace(config, num_experts=number)).total < wanted:
+        number += config.num_experts
+    return number
 
 
 def in_order(folders: list[Path]) -> list[Path | None]:
-    """Two runs, the one with fewer experts first; without two, random weights."""
+    """Two runs, the one with fewer experts first; without two, random weights (None) of three sizes."""
     if len(folders) < 2:
-        return [None, None]
+        return [None, None, None]
     return sorted(folders, key=lambda folder: settings_of(folder).model.num_experts)
 
 
 def measure_experts(bench: Bench, folders: list[Path], length: int) -> dict[str, Any]:
-    """Time per token of a prefill and of a training step, both models in turns; their sizes."""
-    pair = settings_of_both(folders)
-    names = [name_of(settings.model) for settings in pair]
+    """Time per token of a prefill and of a training step, all models in turns; their sizes."""
+    sizes = settings_by_experts(folders)
+    names = [name_of(settings.model) for settings in sizes]
     decoders = [
         make_decoder(settings.model, bench.device, folder)
-        for settings, folder in zip(pair, in_order(folders), strict=True)
+        for settings, folder in zip(sizes, in_order(folders), strict=True)
     ]
-    bench.log(f"{' and '.join(names)}: prefill of {length} tokens")
+    bench.log(f"{', '.join(names)}: prefill of {length} tokens")
     reading = time_in_turns(
         {name: _reading(bench, decoder, length) for name, decoder in zip(names, decoders, strict=True)},
         bench.device,
         Budget(bench.seconds, warmups=1, min_rounds=5, max_rounds=20),
     )
-    bench.log(f"{' and '.join(names)}: training steps")
-    training = time_training(bench, dict(zip(names, pair, strict=True)))
-    settings = pair[0]
+    bench.log(f"{', '.join(names)}: training steps")
+    training = time_training(bench, dict(zip(names, sizes, strict=True)))
+    settings = sizes[0]
     return {
         "names": names,
-        "models": [asdict(count_parameters(settings.model)) for settings in pair],
+        "models": [asdict(count_parameters(settings.model)) for settings in sizes],
         "prefill_tokens": length,
         "training_tokens": settings.train.batch_size * settings.data.sequence_length,
         "prefill": {name: asdict(timing) for name, timing in reading.items()},
@@ -89,7 +98,7 @@ def name_of(config: DecoderConfig) -> str:
 
 
 def time_training(bench: Bench, settings: dict[str, RunConfig]) -> dict[str, Timing]:
-    """Training steps of both models, in turns, on the same batches."""
+    """Training steps of all models, in turns, on the same batches."""
     text = bench.text[0].numpy()
     works: dict[str, Prepare] = {}
     for name, config in settings.items():

@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 def judge(record: Record) -> list[dict[str, Any]]:
     """Each goal: what it asks, what was measured, whether it is met (None: not measured in this run)."""
-    goals = [_experts(record, "prefill"), _experts(record, "training"), _recall(record)]
+    goals = [*_experts(record, "prefill"), *_experts(record, "training"), _recall(record)]
     if record["environment"]["device"] == "cpu":
         goals.append(_answer(record))
         goals += [_sitting(record, length) for length in SITTINGS]
@@ -40,14 +40,21 @@ def read_bytes_per_second(cell: dict[str, Any], how: str) -> float:
     return reads * cell["cache_bytes"] / (cell["answering"][how]["ms"] / 1e3)
 
 
-def _experts(record: Record, what: str) -> dict[str, Any]:
+def _experts(record: Record, what: str) -> list[dict[str, Any]]:
+    """The experts more than the first model's: in each of the others a token may cost little more."""
     experts = record["experts"]
-    few, many = experts["names"] if experts else ("8 experts", "32 experts")
+    (few, *others), (least, *sizes) = experts["names"], experts["models"]
     step = "prefill" if what == "prefill" else "a training step"
-    text = f"{step}: a token of {many} costs at most {MORE_EXPERTS} x one of {few}"
-    if not experts:
-        return verdict(text, None, MORE_EXPERTS)
-    return verdict(text, experts[what][many]["ms"] / experts[what][few]["ms"], MORE_EXPERTS, note=" x")
+    return [
+        verdict(
+            f"{step}: a token of {many} ({size['total'] / least['total']:.1f} x the parameters) costs at most "
+            f"{MORE_EXPERTS} x one of {few}",
+            experts[what][many]["ms"] / experts[what][few]["ms"],
+            MORE_EXPERTS,
+            note=" x",
+        )
+        for many, size in zip(others, sizes, strict=True)
+    ]
 
 
 def _recall(record: Record) -> dict[str, Any]:

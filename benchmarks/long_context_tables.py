@@ -12,6 +12,8 @@ from benchmarks.measure import Timing, digits
 from benchmarks.record import headline, table
 from moe.probes.needle.table import format_bytes, format_count, format_length, format_percent
 
+WORK = "prefill", "training"  # whose cost is compared as experts are added
+
 Record = dict[str, Any]
 
 
@@ -196,22 +198,19 @@ def _experts(record: Record) -> str:
             name,
             format_count(model["total"]),
             format_count(model["active"]),
-            *(
-                _timing(experts[what][name], count / 1e3)
-                for what, count in zip(("prefill", "training"), tokens, strict=True)
-            ),
+            *(_timing(experts[what][name], count / 1e3) for what, count in zip(WORK, tokens, strict=True)),
         ]
         for name, model in zip(experts["names"], experts["models"], strict=True)
     ]
-    few, many = experts["names"]
-    ratios = [experts[what][many]["ms"] / experts[what][few]["ms"] for what in ("prefill", "training")]
-    rows.append(
+    few, least = experts["names"][0], experts["models"][0]
+    rows += [
         [
-            "ratio",
-            *(f"{experts['models'][1][key] / experts['models'][0][key]:.2f}" for key in ("total", "active")),
-            *(f"{ratio:.2f}" for ratio in ratios),
+            f"{name} / {few}",
+            *(f"{model[key] / least[key]:.2f}" for key in ("total", "active")),
+            *(f"{experts[what][name]['ms'] / experts[what][few]['ms']:.2f}" for what in WORK),
         ]
-    )
+        for name, model in zip(experts["names"][1:], experts["models"][1:], strict=True)
+    ]
     return (
         f"**More experts, two of them for each token**: prefill of {format_length(tokens[0])} tokens, "
         f"training steps of {tokens[1]}\n\n{table(head, rows)}"
