@@ -1,8 +1,8 @@
 """Four times the experts at the same active ones: what a token costs, and what is found.
 
 The preset `needle` with 8 and with 32 experts a layer, two of them for each token; and, since attention and
-embedding do not grow, with as many as make four times all parameters. A training step is whole: its batch, the
-losses, the gradients, the optimizer, the balance. Two trained runs are read with instead, and asked.
+embedding do not grow, with as many as make four times all parameters. A training step is whole: its batch,
+the losses, the gradients, the optimizer, the balance. Two trained runs are read with instead, and asked.
 """
 
 from dataclasses import asdict, replace

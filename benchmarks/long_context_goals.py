@@ -41,14 +41,16 @@ def read_bytes_per_second(cell: dict[str, Any], how: str) -> float:
 
 
 def _experts(record: Record, what: str) -> list[dict[str, Any]]:
-    """The experts more than the first model's: in each of the others a token may cost little more."""
+    """In each model of more experts than the first one has a token may cost little more."""
     experts = record["experts"]
+    if not experts:
+        return []
     (few, *others), (least, *sizes) = experts["names"], experts["models"]
     step = "prefill" if what == "prefill" else "a training step"
     return [
         verdict(
-            f"{step}: a token of {many} ({size['total'] / least['total']:.1f} x the parameters) costs at most "
-            f"{MORE_EXPERTS} x one of {few}",
+            f"{step}: a token of {many} ({size['total'] / least['total']:.1f} x the parameters) costs at "
+            f"most {MORE_EXPERTS} x one of {few}",
             experts[what][many]["ms"] / experts[what][few]["ms"],
             MORE_EXPERTS,
             note=" x",
