@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe import cli_needle
-from moe.cli_needle import add_needle
+from moe.cli_needle_arguments import add_needle
 from moe.version import __version__
 
 if TYPE_CHECKING:
@@ -44,10 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; all files are complete.", file=sys.stderr)
-        if getattr(parsed, "out", None) is not None and parsed.out.exists():
-            command = "train" if parsed.command == "train" else "needle train"
-            print(f"continue with: sparse-moe {command} --out {parsed.out} --resume", file=sys.stderr)
+        if (hint := how_to_go_on(parsed)) is not None:
+            print(f"continue with: {hint}", file=sys.stderr)
         return INTERRUPTED
+
+
+def how_to_go_on(parsed: argparse.Namespace) -> str | None:
+    """The command that continues a training that was interrupted; None where there is none."""
+    from moe.train.run_folder import RunFolder
+
+    out = getattr(parsed, "out", None)
+    if out is None or not RunFolder(out).config_file.exists():
+        return None
+    command = "train" if parsed.command == "train" else f"{parsed.command} train"
+    return f"sparse-moe {command} --out {out} --resume"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -65,7 +65,7 @@ def generate(decoder: "Decoder", ids: Tensor, **options: Unpack[Options]) -> Ten
 
     Raises:
         ValueError: an option or a prompt that makes no sense.
-        FloatingPointError: the model returns NaN.
+        FloatingPointError: the model returns NaN. Greedy on a GPU, that is found with the last token.
     """
     on_token, pad = options.pop("on_token", None), options.pop("pad", 0)
     steps: list[Tensor] = []
@@ -160,12 +160,12 @@ class Sampling:
                 "mask is False at the end of a prompt; pad on the left, so that tokens can follow."
             )
 
+    def must_look(self, device: torch.device) -> bool:
+        """Whether each step needs the numbers of the one before; if not, a GPU need not be waited for."""
+        return device.type != "cuda" or self.temperature > 0 or bool(self.stops)
+
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits (b v) of the next token -> tokens (b)."""
-        if bool(logits.isnan().any()):
-            raise FloatingPointError(
-                "the model returned NaN logits: damaged weights, or a dtype that overflows."
-            )
+        """Logits (b v) of the next token, none of them NaN unless the temperature is 0 -> tokens (b)."""
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.float()
@@ -187,15 +187,27 @@ def _steps(decoder: "Decoder", ids: Tensor, sampling: Sampling) -> Iterator[Tens
     generator = torch.Generator(ids.device)
     generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     ended = _Ended(sampling.stops, rows=ids.shape[0])
-    tokens, mask = ids, sampling.mask
-    for _ in range(sampling.max_new_tokens):
+    tokens, is_broken = ids, torch.zeros((), dtype=torch.bool, device=ids.device)
+    for left in reversed(range(sampling.max_new_tokens)):
         with evaluating(decoder):
-            last = decoder.hidden(tokens, mask=mask, cache=cache, at=1).states[:, -1]
-            drawn = sampling.draw(decoder.logits(last), generator)
-        yield drawn.masked_fill(torch.tensor(ended.rows, device=ids.device), STOPPED)
+            if tokens is ids:
+                hidden = decoder.hidden(ids, mask=sampling.mask, cache=cache, at=1)
+            else:  # not checked again: ids that were drawn are in the vocabulary, and looking waits for a GPU
+                hidden = decoder.model(tokens, None, cache, 1)
+            logits = decoder.logits(hidden.states[:, -1])
+            is_broken |= logits.isnan().any()
+            if sampling.must_look(logits.device) or not left:
+                _refuse_nan(is_broken)
+            drawn = sampling.draw(logits, generator)
+        yield ended.hide(drawn)
         if ended.after(drawn):
             return
-        tokens, mask = drawn[:, None], None
+        tokens = drawn[:, None]
+
+
+def _refuse_nan(is_broken: Tensor) -> None:
+    if bool(is_broken):
+        raise FloatingPointError("the model returned NaN logits: damaged weights, or a dtype that overflows.")
 
 
 class _Ended:
@@ -206,6 +218,12 @@ class _Ended:
         self.rows = [False] * rows
         self._new: list[tuple[int, ...]] = [()] * rows
         self._longest = max(map(len, stops), default=0)
+
+    def hide(self, drawn: Tensor) -> Tensor:
+        """Each row's token (b), STOPPED in rows that have ended."""
+        if not any(self.rows):
+            return drawn
+        return drawn.masked_fill(torch.tensor(self.rows, device=drawn.device), STOPPED)
 
     def after(self, drawn: Tensor) -> bool:
         """Take in each row's token (b); whether all rows have ended."""

@@ -73,6 +73,8 @@ def prefill(
             wanted = None if every_place else int(done == total)
             states = decoder.hidden(piece, cache=cache, at=wanted).states
             progress(done, total, time.perf_counter() - started)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # or the seconds would end before the last pieces do
     path = describe_path(decoder.config, every_place=every_place)
     return Prefill(cache, states[:, -1], path, time.perf_counter() - started)
 

@@ -7,6 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from moe.probes.needle.positions import ContextLoss
 from moe.probes.needle.record import NeedleRecord, NeedleRow, ask_once, merge, tally
 from moe.probes.needle.table import (
     format_count,
@@ -401,36 +402,59 @@ def test_people_who_confuse_red_and_green_tell_recalls_apart_better_than_with_th
     assert nearest(RECALL_COLOURS) > nearest(matplotlib.colormaps["RdYlGn"])
 
 
-LOSSES = [{"context": 2**k, "loss": 2 - k / 20, "stderr": 0.01} for k in (20, 9, 14)]
+LOSSES = [ContextLoss(context=2**k, loss=2 - k / 20, stderr=0.01) for k in (20, 9, 14)]
+NOTHING_BEFORE = ContextLoss(context=0, loss=3.0, stderr=0.2)
 
 
-def test_the_loss_is_drawn_by_context_in_ascending_order(tmp_path, monkeypatch):
+def test_losses_are_drawn_by_context_in_ascending_order_a_line_for_each_run(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        matplotlib.axes.Axes, "errorbar", lambda self, x, y, yerr, **_: drawn.append((x, y, yerr))
+        matplotlib.axes.Axes,
+        "errorbar",
+        lambda self, x, y, yerr, label, **_: drawn.append((label, x, y, yerr)),
     )
-    draw_positions(LOSSES, tmp_path / "loss.png")
-    assert drawn == [([2**9, 2**14, 2**20], [2 - 9 / 20, 2 - 14 / 20, 1.0], [0.01] * 3)]
+    monkeypatch.setattr(matplotlib.axes.Axes, "legend", lambda self: None)
+    draw_positions({"a": LOSSES, "b": [LOSSES[0], NOTHING_BEFORE]}, tmp_path / "loss.png")
+    assert drawn == [
+        ("a", [2**9, 2**14, 2**20], [2 - 9 / 20, 2 - 14 / 20, 1.0], [0.01] * 3),
+        ("b", [0, 2**20], [3.0, 1.0], [0.2, 0.01]),
+    ]
 
 
 def test_the_loss_has_a_figure_with_something_to_see(tmp_path):
-    path = draw_positions(LOSSES, tmp_path / "loss.png")
+    path = draw_positions({"tiny": [*LOSSES, NOTHING_BEFORE]}, tmp_path / "loss.png")
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
     blue = (np.abs(pixels - [0x2B, 0x5C, 0x8A]).max(-1) < 3).nonzero()
     assert np.ptp(blue[0]) > 0.6 * len(pixels) and np.ptp(blue[1]) > 0.6 * pixels.shape[1]
-    assert draw_positions(LOSSES[:1], tmp_path / "one").exists()  # without a suffix it is a PNG
+    assert draw_positions({"tiny": LOSSES[:1]}, tmp_path / "one").exists()  # without a suffix it is a PNG
+    assert draw_positions({"tiny": [NOTHING_BEFORE]}, tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ([], "no loss to draw"),
-        ([{"context": 1, "loss": 2.0}], r"losses\[0\] has no 'stderr'"),
-        ([{"context": 0, "loss": 2.0, "stderr": 0.1}], r"losses\[0\].context=0 must be at least 1"),
-        ([*LOSSES, {"context": 9, "loss": float("nan"), "stderr": 0.1}], r"losses\[3\] has loss=nan"),
+        ({}, "no loss to draw"),
+        ({"a": LOSSES, "b": []}, "no loss to draw"),
+        ({"a": [replace(LOSSES[0], context=-1)]}, r"a: losses\[0\] has context=-1"),
+        ({"a": [*LOSSES, replace(LOSSES[0], loss=float("nan"))]}, r"a: losses\[3\] has loss=nan"),
     ],
 )
 def test_losses_that_cannot_be_drawn_are_refused(tmp_path, losses, message):
     with pytest.raises(ValueError, match=message):
         draw_positions(losses, tmp_path / "loss.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = draw_needles(RECORD, tmp_path / "needle.png")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not supported"):
+        draw_needles(RECORD, tmp_path / "needle.odd")
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        draw_needles(RECORD, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def _stop(self, *_, **__):
+    raise KeyboardInterrupt

@@ -4,9 +4,9 @@ Needs matplotlib (the extra "train").
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import TypedDict
 
 import matplotlib
 import numpy as np
@@ -16,9 +16,11 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from moe.probes.needle.positions import ContextLoss
 from moe.probes.needle.record import Model, NeedleRecord, NeedleRow, Tally, ask_once, tally, tally_by_depth
 from moe.probes.needle.table import format_count, format_length, format_percent, model_names
-from moe.report.style import BLUE, STYLE
+from moe.report.style import BLUE, GREEN, GREY, ORANGE, STYLE
+from moe.train.files import write_bytes
 
 # Red and green look alike to one man in twelve; red, orange and blue do not. The pale point at 0.9 makes the
 # last tenth, where good models differ, as visible as the half below it.
@@ -28,21 +30,14 @@ RECALL_COLOURS = LinearSegmentedColormap.from_list(
 FEW_CELLS = 60  # up to so many in a panel, every cell shows its numbers; beyond, those with a miss
 _COLOUR_OF = ScalarMappable(Normalize(0, 1), RECALL_COLOURS)
 _EMPTY, _HATCH = "#e4e4e4", "#b4b4b4"
-
-
-class ContextLoss(TypedDict):
-    """The mean loss (nats a byte) of bytes with `context` bytes before them, and its standard error."""
-
-    context: int
-    loss: float
-    stderr: float
+_LINES = (BLUE, ORANGE, GREEN, GREY)
 
 
 def draw_needles(record: NeedleRecord, path: Path, *, variant: str = "", depths: int = 10) -> Path:
     """Write `needle_figure` as a file, in the format that the suffix of `path` names, such as .png.
 
     Raises:
-        ValueError: as `needle_figure`.
+        ValueError: as `needle_figure`, or a format that matplotlib does not write.
     """
     return _save(needle_figure(record, variant=variant, depths=depths), path)
 
@@ -106,31 +101,36 @@ def draw_panel(axes: Axes, rows: Sequence[NeedleRow], lengths: Sequence[int], *,
     axes.tick_params(length=0)
 
 
-def draw_positions(losses: Sequence[ContextLoss], path: Path) -> Path:
-    """Write a figure of the loss by length of context, with error bars of one standard error.
+def draw_positions(losses: Mapping[str, Sequence[ContextLoss]], path: Path) -> Path:
+    """Write a figure of the loss by length of context, a line for each name, bars of one standard error.
 
     Raises:
-        ValueError: no loss, a key that is missing, a context below 1, or a number that is not finite.
+        ValueError: no loss, a context below 0, a number that is not finite, or as `draw_needles`.
     """
     _check_losses(losses)
-    ordered = sorted(losses, key=lambda one: one["context"])
-    contexts = [one["context"] for one in ordered]
+    contexts = sorted({one.context for line in losses.values() for one in line})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        axes.errorbar(
-            contexts,
-            [one["loss"] for one in ordered],
-            yerr=[one["stderr"] for one in ordered],
-            fmt="o-",
-            color=BLUE,
-            capsize=3,
-        )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(contexts, [format_length(n) for n in contexts], fontsize=8)
+        for number, (name, line) in enumerate(losses.items()):
+            ordered = sorted(line, key=lambda one: one.context)
+            axes.errorbar(
+                [one.context for one in ordered],
+                [one.loss for one in ordered],
+                yerr=[one.stderr for one in ordered],
+                fmt="o-",
+                color=_LINES[number % len(_LINES)],
+                capsize=3,
+                label=name,
+            )
+        least = next((context for context in contexts if context), 1)
+        axes.set_xscale("symlog", base=2, linthresh=least)  # so that no context, 0, has a place
+        axes.set_xticks(contexts, [format_length(n) if n else "0" for n in contexts], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="bytes before (log scale)", ylabel="loss (nats a byte; bars: one standard error)")
         axes.set_title("Loss by length of context: it must not rise")
+        if len(losses) > 1:
+            axes.legend()
     return _save(figure, path)
 
 
@@ -145,8 +145,11 @@ def _choose(record: NeedleRecord, variant: str, depths: int) -> list[NeedleRow]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    """Write a figure as a whole or not at all."""
+    content = BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=140, format=path.suffix.removeprefix(".") or "png")
+        figure.savefig(content, dpi=140, format=path.suffix.removeprefix(".") or "png")
+    write_bytes(path, content.getvalue())
     return path
 
 
@@ -186,16 +189,15 @@ def _describe(model: Model, name: str, rows: Sequence[NeedleRow]) -> str:
     return f"{name}: {size}{trained}\n{_share(tally(rows))}, one-sided 95 % bound"
 
 
-def _check_losses(losses: Sequence[ContextLoss]) -> None:
-    if not losses:
-        raise ValueError("there is no loss to draw: give at least one {context, loss, stderr}.")
-    for i, one in enumerate(losses):
-        if missing := ContextLoss.__required_keys__ - set(one):
-            raise ValueError(f"losses[{i}] has no {min(missing)!r}: each needs context, loss and stderr.")
-        if one["context"] < 1:
-            raise ValueError(f"losses[{i}].context={one['context']} must be at least 1: the scale is a log.")
-        if not (math.isfinite(one["loss"]) and 0 <= one["stderr"] < math.inf):
-            raise ValueError(
-                f"losses[{i}] has loss={one['loss']}, stderr={one['stderr']}: "
-                f"both must be finite, and stderr at least 0."
-            )
+def _check_losses(losses: Mapping[str, Sequence[ContextLoss]]) -> None:
+    if not losses or not all(losses.values()):
+        raise ValueError("there is no loss to draw: give at least one ContextLoss for each name.")
+    for name, line in losses.items():
+        for i, one in enumerate(line):
+            if one.context < 0:
+                raise ValueError(f"{name}: losses[{i}] has context={one.context}, which must be at least 0.")
+            if not (math.isfinite(one.loss) and 0 <= one.stderr < math.inf):
+                raise ValueError(
+                    f"{name}: losses[{i}] has loss={one.loss}, stderr={one.stderr}: "
+                    f"both must be finite, and stderr at least 0."
+                )

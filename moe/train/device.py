@@ -3,11 +3,11 @@
 import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 
 from moe.ops.choose import choose_ops
+from moe.train.memory import host_memory_available
 from moe.train.settings import TrainConfig
 
 # Dense bf16 tensor-core peak in TFLOP/s, from the makers' data sheets (never the sparse figure)
@@ -99,16 +99,12 @@ def memory_in_use(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def memory_available(device: torch.device) -> int:
-    """Bytes that can still be taken on the device; 0 where unknown."""
+def memory_available(device: torch.device) -> int | None:
+    """Bytes that can still be taken on the device; None where that is unknown.
+
+    On a GPU, what torch's allocator holds without using it counts as free.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    facts = Path("/proc/meminfo")
-    if device.type != "cpu" or not facts.is_file():
-        return 0
-    free = next(line for line in facts.read_text(encoding="ascii").splitlines() if "MemAvailable" in line)
-    available = int(free.split()[1]) * 1024
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        available = min(available, int(most) - int(used.read_text()))
-    return available
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + spare
+    return host_memory_available() if device.type == "cpu" else None

@@ -1,6 +1,7 @@
 """A finished (or interrupted) run, opened again: its model, what it writes, how well it predicts."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,25 @@ class Run:
     step: int
     model: Decoder
     tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.head_weight.device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype of matrix products: that of training, or what training would choose on this device."""
+        return choose_precision(self.config.train, self.device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Inside, the model computes in `precision`."""
+        return autocast(self.device, self.precision)
 
 
 def open_run(folder: Path, *, checkpoint: str | None = None, device: str | None = None) -> Run:
@@ -66,8 +86,7 @@ def evaluate_run(
     RunFolder(run.folder).claim_corpus(corpus.manifest)
     windows = Windows(corpus.validation, run.config.data.sequence_length)
     limit = run.config.train.final_eval_tokens if max_tokens is None else max_tokens
-    dtype = choose_precision(run.config.train, next(run.model.parameters()).device)
-    result = evaluate(run.model, windows, run.tokenizer, max_tokens=limit, dtype=dtype)
+    result = evaluate(run.model, windows, run.tokenizer, max_tokens=limit, dtype=run.precision)
     record = {
         "step": run.step,
         **asdict(result),
@@ -93,14 +112,12 @@ def sample_text(
     """
     tokenizer, length = run.tokenizer, run.config.data.sequence_length
     start = tokenizer.encode(prompt.encode("utf-8")).tolist() or [tokenizer.end_of_text]
-    device = next(run.model.parameters()).device
-    dtype = choose_precision(run.config.train, device)
     ids = list(start)
     while (left := len(start) + tokens - len(ids)) > 0:
         context = ids[-max(length // 2, 1) :]
-        with autocast(device, dtype):
+        with run.autocast():
             text = run.model.generate(
-                torch.tensor([context], device=device),
+                torch.tensor([context], device=run.device),
                 max_new_tokens=min(left, max(length - len(context), 1)),
                 temperature=temperature,
                 top_p=top_p,

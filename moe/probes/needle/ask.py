@@ -5,27 +5,36 @@ read of the haystack's keys and values: `KVCache.fork`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from moe.autocast import autocast_dtype
 from moe.decoder import Decoder
 from moe.kv_cache import KVCache
 from moe.prefill import Prefill, Progress, prefill
 from moe.probes.needle.haystack import Haystack, Question
 from moe.train.device import memory_in_use
 
-BATCH = 64  # questions that share a read: beyond it nothing is gained (LONG_CONTEXT figures in docs)
+BATCH = 64  # questions that share a read: beyond it nothing is gained
+
+
+def unwatched(done: int, total: int, seconds: float) -> None:
+    """A `Progress` that nobody looks at."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """The answers to the questions of a haystack, in their order, and what they cost."""
+    """The answers to the questions of a haystack, in their order, and what they cost.
+
+    peak_bytes: of the process so far, not of this haystack alone.
+    """
 
     answers: tuple[bytes, ...]
     prefill: Prefill
+    path: str  # how the haystack was read, and the precision of products where it is not float32
     answer_seconds: float
     peak_bytes: int
 
@@ -36,16 +45,22 @@ def ask(
     *,
     dtype: torch.dtype | None = None,
     batch: int = BATCH,
-    progress: Progress = lambda done, total, seconds: None,
-    answered: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unwatched,
+    answered: Progress = unwatched,
 ) -> Asked:
-    """Read a haystack and answer its questions greedily. `progress` follows the reading."""
+    """Read a haystack and answer its questions greedily.
+
+    dtype: of the cache. `progress` follows the reading, in bytes, and `answered` the questions.
+    """
+    device = decoder.head_weight.device
     ids = torch.from_numpy(np.ascontiguousarray(haystack.ids))[None]
     read = prefill(decoder, ids, dtype=dtype, progress=progress)
     started = time.perf_counter()
     answers = answer(decoder, read.cache, haystack.questions, batch=batch, answered=answered)
     seconds = time.perf_counter() - started
-    return Asked(answers, read, seconds, memory_in_use(decoder.head_weight.device))
+    narrow = autocast_dtype(device)
+    path = read.path if narrow is None else f"{read.path}; products in {str(narrow).removeprefix('torch.')}"
+    return Asked(answers, read, path, seconds, memory_in_use(device))
 
 
 def answer(
@@ -54,10 +69,15 @@ def answer(
     questions: Sequence[Question],
     *,
     batch: int = BATCH,
-    answered: Callable[[int, int], None] = lambda done, total: None,
+    answered: Progress = unwatched,
 ) -> tuple[bytes, ...]:
-    """What the decoder writes after each query, as many bytes as its answer has: the likeliest each time."""
+    """What the decoder writes after each query, as many bytes as its answer has: the likeliest each time.
+
+    Raises:
+        FloatingPointError: the decoder computes NaN.
+    """
     device = decoder.head_weight.device
+    started = time.perf_counter()
     given: dict[int, bytes] = {}
     for group in _groups(questions, batch):
         ids = torch.tensor([list(questions[i].query) for i in group], device=device)
@@ -65,7 +85,7 @@ def answer(
         out = decoder.generate(ids, max_new_tokens=new, temperature=0.0, cache=cache.fork(len(group)))
         written = out[:, ids.shape[1] :].tolist()
         given |= {i: bytes(row[: len(questions[i].answer)]) for i, row in zip(group, written, strict=True)}
-        answered(len(given), len(questions))
+        answered(len(given), len(questions), time.perf_counter() - started)
     return tuple(given[i] for i in range(len(questions)))
 
 

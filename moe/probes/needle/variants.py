@@ -1,5 +1,7 @@
 """What each ingredient of the preset `needle` is worth: the run without it, as overrides of the preset."""
 
+from moe.config import did_you_mean
+
 VARIANTS: dict[str, tuple[str, ...]] = {
     "no pointer loss": ("needle.pointer_loss=0.0",),
     "constant logit scale": ("model.use_ssmax=false",),
@@ -28,11 +30,13 @@ def overrides_of(name: str | None) -> tuple[str, ...]:
     """
     if name is None:
         return ()
-    known = {_slug(variant): overrides for variant, overrides in VARIANTS.items()}
-    if _slug(name) not in known:
-        raise ValueError(f"there is no variant {name!r}. Known: {', '.join(known)}.")
-    return known[_slug(name)]
+    known = {slug(variant): overrides for variant, overrides in VARIANTS.items()}
+    if slug(name) not in known:
+        near = did_you_mean(slug(name), list(known))
+        raise ValueError(f"there is no variant {name!r}.{near} There are: {', '.join(known)}.")
+    return known[slug(name)]
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """The name of a variant as one word."""
     return name.replace(",", "").replace(" ", "-")
