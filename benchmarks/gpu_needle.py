@@ -43,6 +43,7 @@ from benchmarks.long_context_model import DTYPES
 from benchmarks.measure import bytes_per_second
 from benchmarks.record import FULL, PARTIAL, environment
 from moe.parameters import count_parameters
+from moe.train.overrides import change, find_preset
 from moe.train.runs import Run, open_run
 
 NO_GPU = "benchmarks.gpu_needle reads millions of tokens on a CUDA device, and torch sees none here."
@@ -231,6 +232,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     selecting = ("parts", "queries", "haystacks", "dtype", "strict_dtype", "shorten")
     is_whole = all(getattr(options, name) == parser.get_default(name) for name in selecting)
     options.kind = FULL if is_whole else PARTIAL
+    try:
+        change(find_preset("needle"), None, options.set)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

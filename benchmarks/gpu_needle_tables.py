@@ -96,8 +96,8 @@ def _head(record: Record) -> str:
             f"ms, the preset `needle` with {changes}."
         )
     lines.append(
-        f"Plain matrix product {rates['flops_per_second'] / 1e12:.0f} TFLOP/s in "
-        f"{record['dtypes']['strict']}; memory {rates['bytes_per_second'] / 1e12:.2f} TB/s copied."
+        f"Plain matrix product {rates['flops_per_second'] / 1e12:.3g} TFLOP/s in "
+        f"{record['dtypes']['strict']}; memory {rates['bytes_per_second'] / 1e12:.3g} TB/s copied."
     )
     return "\n".join(lines)
 
