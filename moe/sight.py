@@ -42,12 +42,17 @@ class Sight:
         `shape` is (b s); `mask` (b s) bool is True at real tokens, None when all are. A padding token also
         sees itself, so that no row of the softmax is empty; no real token sees a padding token. The window
         counts places, padding included, as Hugging Face does.
+
+        Raises:
+            ValueError: the cache holds padding of another batch.
         """
         s = shape[1]
         past = 0 if cache is None else cache.length
         seen = None if cache is None else cache.seen
         if mask is None and seen is None:
             return cls(torch.arange(past, past + s, device=device)[None], None, window)
+        if seen is not None and len(seen) != shape[0]:
+            raise ValueError(f"this cache holds a batch of {len(seen)}, got {shape[0]}. Use a new KVCache.")
         real = known(mask, shape, device)
         before = known(seen, (shape[0], past), device)
         positions = (before.sum(1, keepdim=True) + real.cumsum(1) - 1).clamp(min=0)

@@ -308,6 +308,8 @@ def test_another_batch_dtype_or_gradients_are_refused():
     cache = read(decoder, tokens(2, 9))
     with pytest.raises(ValueError, match=r"batch of 2, got 3|batch.*\(2,.*\(3"):
         decoder(tokens(3, 1), cache=cache)
+    with pytest.raises(ValueError, match=r"batch of 1, got 3"):
+        decoder(tokens(3, 1), cache=padded())
     with pytest.raises(ValueError, match=r"torch\.float64.*torch\.float32"):
         decoder.float()(tokens(2, 1), cache=cache)
     with pytest.raises(ValueError, match="no gradients"), torch.enable_grad():

@@ -1,15 +1,18 @@
 """Decoders for long context: the definition in loops, some places only, in every precision, compiled."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from decoder_variants import VARIANTS, by_loops, drawn, tokens
+from decoder_variants import BASE, LONG, VARIANTS, by_loops, drawn, tokens
 from einops import einsum
 from torch import Tensor
 
 from moe import Decoder
 from moe.kv_cache import KVCache
+from moe.losses import pointer_loss
+from moe.short_conv import ShortConv
 from moe.train.presets import PRESETS
 
 DEFINED = [
@@ -207,6 +210,36 @@ def test_narrow_weights_give_the_logits_of_wide_ones_up_to_rounding(name, dtype)
     for logits in (ours, torch.cat(pieces, dim=1)):
         error = (logits.double() - truth).abs().mean() / truth.abs().mean()
         assert error < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_layers_that_are_computed_again_give_the_same_places_and_gradients(name):
+    decoder, ids = drawn(name), tokens()
+    mask = left_padded(ids)
+    passes = []
+    for decoder.checkpoint_blocks in (False, True):
+        hidden = decoder.hidden(ids, mask=mask, at=PLACES)
+        loss = pointer_loss(hidden.attended.queries, hidden.attended.keys, PLACES, PLACES // 2)
+        passes.append(torch.cat([hidden.states.flatten(), loss[None]]))
+    assert_same_pass(passes[1], passes[0], list(decoder.parameters()))
+
+
+def test_new_parameters_begin_as_documented():
+    config = replace(BASE, **LONG, max_position_embeddings=100, embedding_initializer_range=0.7)
+    decoder = Decoder(replace(config, vocab_size=2000))
+    last = decoder.model.layers[2].self_attn
+    torch.testing.assert_close(last.ssmax * math.log(100), torch.ones(6))  # at the trained length, no change
+    assert decoder.model.embed_tokens.weight.std().item() == pytest.approx(0.7, rel=0.02)
+    convs = [module for module in decoder.modules() if isinstance(module, ShortConv)]
+    taps = torch.cat([module.weight.detach().flatten() for module in convs if module is not last.k_conv])
+    assert len(convs) == 8 and taps.std().item() == pytest.approx(0.1, rel=0.1) and abs(taps.mean()) < 0.02
+    shift = last.k_conv.weight.mean(1)  # x_(t-1) instead of x_t
+    torch.testing.assert_close(shift, torch.tensor([-1.0, 1, 0, 0]), rtol=0, atol=0.1)
+    keys = last.k_proj.weight.unflatten(0, (2, 1, 8)).expand(2, 3, 8, 24).flatten(0, 2)
+    assert torch.equal(last.q_proj.weight, keys)
+    local = decoder.model.layers[0].self_attn
+    assert local.ssmax is None and local.k_conv is None
+    assert not torch.equal(local.q_proj.weight[:8], local.k_proj.weight[:8])
 
 
 def attention_to_what_came_next(init: str, seed: int) -> Tensor:

@@ -125,8 +125,7 @@ def test_every_step_has_as_many_sequences_as_its_parts_can_share(tmp_path, lengt
             assert len(tensor) % accumulation == 0 and len(tensor) >= batch
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("step", [5, 10])  # before and after sequences become long
+@pytest.mark.parametrize(("step", "accumulation"), [(5, 2), (10, 1)])  # before and after sequences get long
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, step, accumulation):
     config = needle_run(tmp_path, JITTER, f"train.accumulation={accumulation}")
     train(config, tmp_path / "straight")

@@ -35,6 +35,19 @@ def test_a_prompt_read_in_pieces_is_one_forward_pass(name, every_place):
             assert_close(torch.cat(after, dim=1), whole.logits[:, 17:])
 
 
+@pytest.mark.parametrize("name", READ)
+def test_a_prompt_is_the_same_when_its_keys_are_read_in_blocks(name, monkeypatch):
+    monkeypatch.setattr("moe.attend.MASK_BYTES", 1)  # as if the prompt were long
+    decoder, ids = drawn(name), tokens(2, 17)
+    with torch.no_grad():
+        whole = decoder.hidden(ids).states
+        parts, cache = [], KVCache()
+        for piece in ids.split(6, dim=1):
+            parts.append(decoder.hidden(piece, cache=cache).states)
+        assert_close(torch.cat(parts, dim=1), whole)
+        assert_close(prefill(decoder, ids, chunk=6).state, whole[:, -1])
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
 def test_ids_may_be_of_any_integer_dtype(dtype):
     decoder, ids = drawn("long context"), tokens(2, 17)
