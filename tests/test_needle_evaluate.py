@@ -126,7 +126,9 @@ def test_products_in_16_bits_are_named(root, questions):
 
 
 @given(st.integers(1, 2000), st.integers(1, 9), st.integers(1024, 2**22), st.integers(1, 2))
-def test_questions_are_spread_evenly_over_as_many_haystacks_as_they_need(queries, haystacks, length, templates):
+def test_questions_are_spread_evenly_over_as_many_haystacks_as_they_need(
+    queries, haystacks, length, templates
+):
     queries = max(queries, haystacks)
     questions = Questions(queries=queries, haystacks=haystacks, templates=BOTH[:templates])
     shares = questions.shares(length)
@@ -230,7 +232,10 @@ def test_memory_that_is_unknown_or_used_up_is_no_reason_to_fail_oddly(run, quest
 def test_a_gpu_holds_the_cache_and_the_host_the_text(questions):
     config = needle().model
     places = evaluate._places(config, torch.float32, torch.device("cuda", 0))
-    assert {what: per_token for what, (per_token, _) in places.items()} == {"memory": 3, "memory of cuda:0": 512}
+    assert {what: per_token for what, (per_token, _) in places.items()} == {
+        "memory": 3,
+        "memory of cuda:0": 512,
+    }
 
 
 def test_other_tokens_than_bytes_are_refused(root, questions):
