@@ -26,14 +26,16 @@ OTHER_HF := .venv-hf-$(HF_VERSION)
 RUN ?= runs/demo
 # Where the benchmarks of the kernels leave their records. COMMIT=name names it in a copy without its history.
 RESULTS ?= benchmarks/results
+# Text for the haystacks of `make bench-gpu-needle`: TEXT=folder; else source of the installed packages.
+TEXT ?=
 # Where `make kernel-package` leaves its folder.
 PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu kernel-package clean FORCE
+.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu bench-gpu-needle kernel-package clean FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## install, then train a small model on real text and show what it learnt
 	@if [ -e $(RUN) ]; then echo "$(RUN) exists: going on with it. To train anew: rm -r $(RUN), or make demo RUN=runs/another"; fi
@@ -74,6 +76,10 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 
 bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
 	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
+
+bench-gpu-needle: ## needles in 1 and 10 million tokens on a CUDA device; RUN=folder asks a trained run; installs nothing
+	$(GPU_PYTHON) -m benchmarks.gpu_needle --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) \
+		$(if $(filter command environment,$(firstword $(origin RUN))),--run $(RUN)) $(if $(TEXT),--folder $(TEXT))
 
 kernel-package: ## moe_triton as a folder for the Hugging Face kernel hub, PACKAGE=folder; installs nothing
 	$(PYTHON) kernels/package.py $(PACKAGE)

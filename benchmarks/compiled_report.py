@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -15,6 +16,7 @@ from triton.compiler import ASTSource
 from benchmarks import sass
 from benchmarks.launches import Launch
 from benchmarks.sass import Loop, Resources
+from moe_triton.attention_schedule import tiles_of
 from moe_triton.config import Config, read_table, shipped_table
 from moe_triton.launch import Target
 
@@ -28,7 +30,10 @@ AMD_REGISTERS, AMD_SIMDS, AMD_WAVES, AMD_SHARED_KIB = 512, 4, 8, 64
 SIXTEEN_BITS = re.compile(r"tt\.dot\b.*: tensor<[\dx]+x(bf16|f16)>")
 # Which constants a configuration names.
 TILE = ("ROWS", "OUTS", "INS")
-SIZES = ("ROWS", "COLUMNS", "CHUNK", "QUERIES", "PAIRS", "BINS", "EXPERTS", "BLOCK", "SPLITS")
+SIZES = (
+    *("ROWS", "KEYS", "CHANNELS", "SOME"),
+    *("COLUMNS", "CHUNK", "QUERIES", "PAIRS", "BINS", "EXPERTS", "BLOCK", "SPLITS"),
+)
 FLAGS = {
     "SWAP": "swapped",
     "PERSISTENT": "persistent",
@@ -37,6 +42,8 @@ FLAGS = {
     "BACKWARD": "backward",
     "KEEP_PRE": "pre",
     "EXPERTS": "searched",
+    "CAUSAL": "causal",
+    "ADD": "adding",
 }
 KERNELS = {
     "up": "up_kernel",
@@ -159,11 +166,21 @@ def resident(target: Target, registers: int, num_warps: int, shared: int, column
 def counted_on(launch: Launch, target: Target) -> int:
     """Programs that a multiprocessor holds by the target's table; 1 for what is in no table."""
     constants = dict(launch.constants)
+    if launch.kernel == "attend_kernel":
+        return _counted_on_by_attention(launch, target)
     schedule = [*(constants.get(name) for name in TILE), launch.num_warps, launch.num_stages]
     rows = [(row["pass"], Config(**row["config"])) for row in read_table(shipped_table(target))]
     own = [config for what, config in rows if KERNELS[what] == launch.kernel]
     same = [c for c in own if [c.rows, c.outs, c.ins, c.num_warps, c.num_stages] == schedule]
     return max((config.programs for config in same), default=1)
+
+
+def _counted_on_by_attention(launch: Launch, target: Target) -> int:
+    constants, types = dict(launch.constants), dict(launch.signature)
+    dtype = torch.float32 if types["q_ptr"] == "*fp32" else torch.bfloat16
+    schedule = [constants["ROWS"], constants["KEYS"], launch.num_warps, launch.num_stages]
+    tiles = [t for a in (True, False) for t in tiles_of(target, dtype, constants["CHANNELS"], aligned=a)]
+    return max(t.programs for t in tiles if [t.rows, t.keys, t.num_warps, t.num_stages] == schedule)
 
 
 def _up_to(unit: int, number: int) -> int:

@@ -14,12 +14,15 @@ from benchmarks.launches import Launch, recorded
 from benchmarks.shapes import SHAPES, Shape
 from moe_triton import activation, routing, rows
 from moe_triton.activation import ACTIVATIONS, GATED
+from moe_triton.attend import attend
+from moe_triton.attention_schedule import PASS_KEYS
 from moe_triton.config import FOLDER, TABLES, Config, choose_config, override, read_table
 from moe_triton.experts_ffn import backward, forward
 from moe_triton.launch import Target
 from moe_triton.settings import Settings
 
 SMALL, LARGE, GPT_OSS = "qwen3_30b", "deepseek_v3", "gpt_oss_20b"
+ATTENTION_CHANNELS = (64, 128, 256)
 MANY_ROWS = 512  # of an expert, at least, for the rows of a table without a bound
 
 Calls = dict[str, Callable[[], object]]
@@ -42,11 +45,13 @@ def collect(target: Target, shapes: Sequence[str] | None = None) -> dict[str, li
 
 
 def calls(target: Target) -> Calls:
-    """Every row of the target's table, one token, the routing; on sm_90 also what else can be asked for."""
+    """Every row of the target's table, one token, the routing, attention; on sm_90 all else one can ask for."""
     found = layers(sizes(target))
     found[f"{SMALL}, 1 token"] = lambda: layer(SHAPES[SMALL], 1, train=False)
     for experts in (8, 128, 256):
         found[f"routing, {experts} experts"] = lambda experts=experts: sort(experts)
+    for channels in ATTENTION_CHANNELS:
+        found[f"attention, {channels} channels"] = lambda channels=channels: attention(channels)
     if target.name == "sm_90":
         found |= variations()
     return found
@@ -109,6 +114,10 @@ def variations() -> Calls:
         "persistent": lambda: persistent(small, tokens),
         "level 1": lambda: level_one(small, tokens),
         "every expert chosen": lambda: layer(Shape(d=256, h=128, e=256, k=256), 8),
+        "attention, float16": lambda: attention(64, torch.float16),
+        "attention, float32": lambda: [attention(c, torch.float32) for c in ATTENTION_CHANNELS],
+        "attention, 96 channels": lambda: attention(96),
+        "attention, unaligned": lambda: [attention(c, odd=True) for c in ATTENTION_CHANNELS],
     }
     for name in ACTIVATIONS[1:]:  # the first is everywhere else
         found[name] = lambda name=name: layer(small, tokens, Settings(name))
@@ -131,6 +140,18 @@ def sort(experts: int, top_k: int = 8) -> None:
     """Routing of few pairs, as in decoding, and of many."""
     for tokens in (1, 128, 8192):
         routing.sort_pairs(meta(tokens, top_k, dtype=torch.int64), experts)
+
+
+def attention(channels: int, dtype: torch.dtype = torch.bfloat16, *, odd: bool = False) -> None:
+    """Queries of every tile's height over a long cache, all of the keys or causal, in one pass and in two.
+
+    odd: a cache that the accelerator cannot address.
+    """
+    cache = meta(1, 2, PASS_KEYS + 999, channels + odd, dtype=dtype)[..., :channels]
+    for sequences, length in ((1, 1), (1, 16), (16, 16), (1, 1 << 16)):
+        queries = meta(sequences, 4, length, channels, dtype=dtype)
+        for first in (None, cache.shape[2] - length - 1):
+            attend(queries, cache, cache, 1.0, first)
 
 
 def layer(

@@ -76,3 +76,21 @@ def t_quantile(probability: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_cdf(middle, degrees) < probability else (low, middle)
     return (low + high) / 2
+
+
+def fisher_lower(right: int, asked: int, other_right: int, other_asked: int) -> float:
+    """One-sided p of Fisher's exact test: so few of `asked` right, given what both got right together.
+
+    Small where the first is worse than the other by more than luck.
+
+    Raises:
+        ValueError: nothing asked, or more right than asked.
+    """
+    if not 0 <= right <= asked or not 0 <= other_right <= other_asked or not asked or not other_asked:
+        raise ValueError(
+            f"{right} of {asked} and {other_right} of {other_asked}: ask both at least one question."
+        )
+    together, whole = right + other_right, asked + other_asked
+    least = max(0, together - other_asked)
+    ways = sum(math.comb(asked, k) * math.comb(other_asked, together - k) for k in range(least, right + 1))
+    return ways / math.comb(whole, together)

@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_tables, hf, hf_loading, layer_tables, scaling_tables
+from benchmarks import (
+    gpu_needle_tables,
+    gpu_tables,
+    hf,
+    hf_loading,
+    layer_tables,
+    long_context_tables,
+    scaling_tables,
+)
 from benchmarks.record import FULL, RESULTS
 
 README = Path(__file__).parent / "README.md"
@@ -22,6 +30,8 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_tables.render,
     "scaling_full": scaling_tables.render,
     "gpu": gpu_tables.render,
+    "gpu_needle": gpu_needle_tables.render,
+    "long_context": long_context_tables.render,
     "hf": hf.render,
     "hf_loading": hf_loading.render,
 }

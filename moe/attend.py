@@ -36,11 +36,13 @@ def attend(
     """
     scale = float(queries.shape[-1] ** -0.5) if scale is None else scale
     s, l = queries.shape[2], keys.shape[2]
+    if s == 0:  # a prompt that is only read, up to the keys and values of the last layer
+        return queries.new_empty(*queries.shape[:3], values.shape[3])
     if shared is not None:
         return _attend_forked(queries, keys, values, sight, scale, sinks, shared)
     if sight.allowed is None and sight.window is not None and l > sight.window:
         return windowed_attention(queries, keys, values, sight.window, scale=scale, sinks=sinks)
-    if sight.allowed is None and _is_long(queries, keys):
+    if sight.allowed is None and _is_long(queries, keys, values):
         part = streamed_attention(queries, keys, values, scale=scale, first=l - s)
         return merge([part], sinks).to(queries.dtype)
     keys, values = keys.to(queries.dtype), values.to(queries.dtype)
@@ -66,9 +68,9 @@ def attend(
     )
 
 
-def _is_long(queries: Tensor, keys: Tensor) -> bool:
+def _is_long(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether keys are read in blocks: no gradients, and a cache in few bits, or else a large mask."""
-    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values)):
         return False
     s, l = queries.shape[2], keys.shape[2]
     return keys.dtype != queries.dtype or (s < l and s * l > MASK_BYTES)

@@ -5,7 +5,7 @@ m places whose output is wanted, c channels of a head.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,11 @@ class Attended:
     out: Tensor
     queries: Tensor
     keys: Tensor
+
+    def narrowed(self, last: int) -> "Attended":
+        """What the last so many of its places looked at."""
+        queries = rearrange(select(rearrange(self.queries, "b n m c -> b m n c"), last), "b m n c -> b n m c")
+        return replace(self, out=select(self.out, last), queries=queries)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -1,7 +1,6 @@
 """Decoder: a transformer whose feed-forward layers are dense or sparse Mixtures of Experts.
 
-Pre-norm (2002.04745): x + attention(norm(x)), then x + feed-forward(norm(x)). Modules are named as in
-Hugging Face's models.
+Modules are named as in Hugging Face's models.
 
 Axes: b batch, s sequence, t = b * s tokens, d model width, v vocabulary.
 """
@@ -9,15 +8,14 @@ Axes: b batch, s sequence, t = b * s tokens, d model width, v vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, cast
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from moe.attention import Attended, GroupedQueryAttention, RMSNorm, residual_scale, short_conv
+from moe.backbone import Backbone, Hidden
 from moe.checkpoint import (
     MAX_SHARD_BYTES,
     atomic_folder,
@@ -31,18 +29,14 @@ from moe.checkpoint import (
 )
 from moe.cross_entropy import IGNORED, linear_cross_entropy
 from moe.decoder_config import DecoderConfig
-from moe.feed_forward import Projection, SwiGLU
+from moe.feed_forward import Projection
 from moe.generate import Options, generate
 from moe.kv_cache import KVCache
-from moe.latent_attention import LatentAttention
-from moe.layer import MoE
 from moe.losses import load_balancing_loss, router_z_loss
 from moe.ops.choose import Backend
-from moe.places import At, check_places, select
+from moe.places import At, check_places
 from moe.plan import RoutingPlan
-from moe.rotary import Rotation
 from moe.routing import Routing
-from moe.sight import Sight
 from moe.tensor_files import TensorReader, list_tensors
 
 if TYPE_CHECKING:
@@ -77,182 +71,6 @@ class DecoderLoss:
     z: Tensor
     routings: tuple[Routing, ...]
     plans: tuple[RoutingPlan, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Hidden:
-    """What the layers computed.
-
-    states           (b m d) after the final norm, at the places asked for
-    routings, plans  of each MoE layer; of a last layer that computed some places only, of those
-    attended         what the last layer looked at, and with what
-    """
-
-    states: Tensor
-    routings: tuple[Routing, ...]
-    plans: tuple[RoutingPlan, ...]
-    attended: Attended
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockOutput:
-    """What one layer computed: x (b m d); routing and plan of a MoE feed-forward; what attention read."""
-
-    x: Tensor
-    routing: Routing | None
-    plan: RoutingPlan | None
-    attended: Attended
-
-
-class Block(nn.Module):
-    """One layer: attention, then a dense or MoE feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: DecoderConfig, layer: int, *, backend: Backend = "auto") -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.input_conv = short_conv(config, layer, "A", config.hidden_size, "input")
-        self.self_attn = (
-            GroupedQueryAttention(config, layer)
-            if config.kv_lora_rank is None
-            else LatentAttention(config, layer)
-        )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_conv = short_conv(config, layer, "C", config.hidden_size, "post_attention")
-        self.mlp = (
-            MoE(config, backend=backend, output_scale=residual_scale(config))
-            if config.is_moe_layer(layer)
-            else _dense_mlp(config)
-        )
-        self.residual_multiplier = config.residual_multiplier
-
-    def forward(
-        self,
-        x: Tensor,
-        sight: Sight,
-        rotation: Rotation,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        at: At = None,
-    ) -> BlockOutput:
-        """x (b s d) -> x (b m d) at the places `at`; keys and values come from all of x."""
-        wanted = at
-        if self.post_attention_conv is not None and at is not None:
-            at = self._with_halo(at, x.shape[1])
-        normed = self.input_layernorm(x)
-        if self.input_conv is not None:
-            normed = self.input_conv(normed, mask, cache)
-        attended = self.self_attn(normed, sight, rotation, mask, cache, at)
-        x, mask = self._add(select(x, at), attended.out), None if mask is None else select(mask, at)
-        normed = self.post_attention_layernorm(x)
-        if self.post_attention_conv is not None:
-            normed = self.post_attention_conv(normed, mask, cache)
-            if isinstance(wanted, int):
-                x, normed = select(x, wanted), select(normed, wanted)
-                mask = None if mask is None else select(mask, wanted)
-        if isinstance(self.mlp, SwiGLU):
-            return BlockOutput(self._add(x, self.mlp(normed)), None, None, attended)
-        output = self.mlp(normed, mask)
-        return BlockOutput(self._add(x, output.y), output.routing, output.plan, attended)
-
-    def _with_halo(self, at: At, s: int) -> int:
-        """The last places that the convolution behind attention reads for the last `at`."""
-        if not isinstance(at, int):
-            raise ValueError(
-                "at: the last layer has a convolution before its feed-forward (C in canon_set), which reads "
-                "neighbours; give a number of last places."
-            )
-        assert self.post_attention_conv is not None
-        return min(s, at + len(self.post_attention_conv.weight) - 1)
-
-    def _add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y if self.residual_multiplier == 1 else x + self.residual_multiplier * y
-
-
-def _dense_mlp(config: DecoderConfig) -> SwiGLU:
-    width = cast(int, config.intermediate_size)  # DecoderConfig refuses a dense layer without it
-    std = config.initializer_range
-    output_std = std * residual_scale(config)
-    return SwiGLU(config.hidden_size, width, std=std, output_std=output_std, bias=config.mlp_bias)
-
-
-class TokenEmbedding(nn.Embedding):
-    """A table (v d) drawn once from N(0, std²)."""
-
-    def __init__(self, vocab_size: int, width: int, *, std: float) -> None:
-        self.std = std  # reset_parameters, which nn.Embedding calls, reads it
-        super().__init__(vocab_size, width)
-
-    def reset_parameters(self) -> None:
-        """Draw the table anew."""
-        nn.init.normal_(self.weight, std=self.std)
-
-
-class Backbone(nn.Module):
-    """Embedding, layers and final norm: everything below the head."""
-
-    def __init__(self, config: DecoderConfig, *, backend: Backend = "auto") -> None:
-        super().__init__()
-        self.config = config
-        std = config.embedding_initializer_range
-        self.embed_tokens = TokenEmbedding(
-            config.vocab_size, config.hidden_size, std=config.initializer_range if std is None else std
-        )
-        self.layers = nn.ModuleList(
-            Block(config, layer, backend=backend) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        at: At = None,
-        *,
-        checkpoint_blocks: bool = False,
-    ) -> Hidden:
-        """ids (b s), mask (b s) -> Hidden at the places `at`; the cache, if any, is extended by s tokens."""
-        x = self.embed_tokens(ids)
-        if self.config.embedding_multiplier != 1:
-            x = x * self.config.embedding_multiplier
-        if cache is not None:
-            cache.begin()
-        windows = [self.config.window(layer) for layer in range(len(self.layers))]
-        shape = (ids.shape[0], ids.shape[1])
-        sights = {window: Sight.causal(shape, ids.device, mask, cache, window) for window in set(windows)}
-        reach = shape[1] + (0 if cache is None else cache.length)
-        rotation = self._rotation(sights[windows[0]].positions, x.dtype, reach)
-        outputs: list[BlockOutput] = []
-        for layer, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
-            places = at if layer == len(windows) - 1 else None
-            arguments = (x, sights[window], rotation, mask, cache, places)
-            if checkpoint_blocks:
-                output = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                output = block(*arguments)
-            x = output.x
-            outputs.append(output)
-        if cache is not None:
-            cache.advance(ids.shape[1], mask)
-        return Hidden(
-            self.norm(x),
-            tuple(output.routing for output in outputs if output.routing is not None),
-            tuple(output.plan for output in outputs if output.plan is not None),
-            outputs[-1].attended,
-        )
-
-    def _rotation(self, positions: Tensor, dtype: torch.dtype, reach: int) -> Rotation:
-        config = self.config
-        return Rotation.at(
-            positions,
-            config.rotary_size,
-            config.rope_theta,
-            dtype,
-            scaling=config.rope_scaling,
-            max_position_embeddings=config.max_position_embeddings,
-            interleaved=config.rope_interleave,
-            reach=reach,
-        )
 
 
 class Decoder(nn.Module):
@@ -325,7 +143,7 @@ class Decoder(nn.Module):
         values for all tokens, and all else for these places alone: less work, the same states. A cache is
         filled as by a whole pass; with 0 places that is all that is done.
         """
-        _check_ids(ids, self.config.vocab_size)
+        check_ids(ids, self.config.vocab_size)
         _check_mask(mask, ids)
         check_places(at, (ids.shape[0], ids.shape[1]))
         if isinstance(at, Tensor) and cache is not None:
@@ -356,7 +174,7 @@ class Decoder(nn.Module):
             raise ValueError(f"targets {_shape(targets)} must have the shape of ids {_shape(ids)}.")
         _check_mask(mask, ids)
         targets = targets if mask is None else targets.where(mask, IGNORED)
-        _check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
+        check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
         hidden = self.hidden(ids, mask=mask)
         cross_entropy = self.cross_entropy(hidden.states, targets, chunk_tokens=chunk_tokens)
         return self.with_router_losses(cross_entropy, cross_entropy, hidden, len(ids))
@@ -461,7 +279,12 @@ class Decoder(nn.Module):
         return decoder.to(dtype).eval() if dtype else decoder.eval()
 
 
-def _check_ids(ids: Tensor, vocab_size: int, what: str = "id") -> None:
+def check_ids(ids: Tensor, vocab_size: int, what: str = "id") -> None:
+    """Refuse what is no int64 tensor (b s) of ids in the vocabulary.
+
+    Raises:
+        ValueError: says which; inside torch.compile values are not looked at.
+    """
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(f"{what}s must be an int64 tensor (b s), got {_shape(ids)} of {ids.dtype}.")
     if torch.compiler.is_compiling() or ids.is_meta or not ids.numel():

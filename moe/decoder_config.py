@@ -143,7 +143,17 @@ class DecoderConfig(MoEConfig):
             )
         if self.intermediate_size is None and not all(map(self.is_moe_layer, layers)):
             raise ValueError("intermediate_size is not set, but at least one layer is dense. Give its width.")
+        types = self.layer_types
+        if types is not None and len(types) != len(layers):
+            raise ValueError(f"layer_types={types} must be one for each of the {len(layers)} layers.")
+        if types is not None and "sliding_attention" in types and self.sliding_window is None:
+            raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
         self._check_convolutions()
+        if self.use_ssmax and self.max_position_embeddings < 2:
+            raise ValueError(
+                f"max_position_embeddings={self.max_position_embeddings} with use_ssmax=True must be at "
+                f"least 2: the scale begins at 1 / log of it."
+            )
         if self.no_rope_layers is not None and (
             len(self.no_rope_layers) != len(layers) or not set(self.no_rope_layers) <= {0, 1}
         ):
@@ -151,14 +161,6 @@ class DecoderConfig(MoEConfig):
                 f"no_rope_layers={self.no_rope_layers} must be {len(layers)} numbers, 1 for a layer with "
                 f"rotary embedding and 0 for one without positions."
             )
-        if self.layer_types is None:
-            return
-        if len(self.layer_types) != len(layers):
-            raise ValueError(
-                f"layer_types={self.layer_types} must be one for each of the {len(layers)} layers."
-            )
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types has a sliding_attention, but sliding_window is not set.")
 
     def _check_convolutions(self) -> None:
         words = self.canon_set
@@ -174,12 +176,18 @@ class DecoderConfig(MoEConfig):
         if self.kv_lora_rank is not None and any(set(word) & set("BK") for word in words or ()):
             raise ValueError(f"canon_set={words}: latent attention has no convolutions B and K.")
         if self.attention_init == "induction":
-            full = [i for i in range(self.num_hidden_layers) if self.window(i) is None]
-            if self.kv_lora_rank is not None or not all(set(self.canon_letters(i)) & set("BK") for i in full):
-                raise ValueError(
-                    f'attention_init="induction" shifts the keys of full layers {full} by one token: each '
-                    f"needs B or K in canon_set={words}."
-                )
+            self._check_induction()
+
+    def _check_induction(self) -> None:
+        full = [i for i in range(self.num_hidden_layers) if self.window(i) is None]
+        if self.kv_lora_rank is not None or not full:
+            what = "there is no full layer" if self.kv_lora_rank is None else "latent attention has no shift"
+            raise ValueError(f'attention_init="induction": {what}. Set attention_init="normal".')
+        if not all(set(self.canon_letters(i)) & set("BK") for i in full):
+            raise ValueError(
+                f'attention_init="induction" shifts the keys of full layers {full} by one token: each '
+                f"needs B or K in canon_set={self.canon_set}."
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -226,10 +234,11 @@ def layer_pattern(pattern: str) -> tuple[LayerType, ...]:
         ValueError: other letters, or no number after the x.
     """
     letters, times, count = pattern.partition("x")
-    if not letters or set(letters) - set(LETTERS) or (times and not (count.isdecimal() and int(count))):
+    is_count = count.isdecimal() and len(count) < 5 and int(count) > 0
+    if not letters or set(letters) - set(LETTERS) or (times and not is_count):
         raise ValueError(
             f'layer_types={pattern!r} must be letters L (sliding) and G (full), such as "LLG", or those '
-            f'and how often they come, such as "LLLGx2".'
+            f'and how often they come, up to 9999 times, such as "LLLGx2".'
         )
     types: list[LayerType] = [LETTERS[letter] for letter in letters]
     return tuple(types * int(count or 1))

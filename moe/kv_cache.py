@@ -68,11 +68,12 @@ class KVCache:
             raise ValueError(
                 "a KVCache keeps no gradients. Decode inside torch.no_grad(), or pass cache=None."
             )
-        if self.length and layer not in self._layers and layer not in self._windows:
-            raise ValueError(
-                f"this cache was filled by a model of {len(self._layers) + len(self._windows)} layers. "
-                f"Use a new KVCache."
-            )
+        if self.length and layer not in (self._layers if window is None else self._windows):
+            if layer not in self._layers | self._windows:
+                had = f"a model of {len(self._layers) + len(self._windows)} layers"
+            else:
+                had = f"a model whose layer {layer} has {'a' if window is None else 'no'} sliding window"
+            raise ValueError(f"this cache was filled by {had}. Use a new KVCache.")
         if window is not None:
             return self._append_window(layer, new, window - 1)
         new = tuple(x if self.dtype is None else x.to(self.dtype) for x in new)
@@ -91,16 +92,27 @@ class KVCache:
         """The last tokens that a short convolution has read, (b w-1 d); those of `new` (b s d) come next.
 
         zeros: what stands before the first token. mask (b s) is True at real tokens: only they are kept.
+
+        Raises:
+            ValueError: another batch size, model, dtype or device than the tokens held.
         """
-        held = self._recent.get(name, zeros) if self.length else zeros
-        if len(held) != len(new):
-            raise ValueError(f"this cache holds a batch of {len(held)}, got {len(new)}. Use a new KVCache.")
+        held = self._recent.get(name) if self.length else zeros
+        if held is None:
+            raise ValueError(
+                f"this cache was filled by a model without the convolution {name}. Use a new KVCache."
+            )
+        if _inputs(held) != _inputs(zeros):
+            raise ValueError(
+                f"this cache holds, for the convolution {name}, (batch, tokens, channels, dtype, device) = "
+                f"{_inputs(held)}, got {_inputs(zeros)}. Use a new KVCache for another batch or model."
+            )
         both = torch.cat([held, new], dim=1)
         keep, stop = zeros.shape[1], both.shape[1]
         if mask is None:
             last = both[:, stop - keep :].clone()
-        else:  # padding stands left, where `held` is empty, or right
-            first = (mask.sum(1) + torch.where(mask[:, -1], new.shape[1] - mask.sum(1), 0))[:, None]
+        else:  # those that end with the last real one, which padding may follow
+            counted = torch.arange(1, new.shape[1] + 1, device=new.device)
+            first = (mask * counted).amax(1, keepdim=True)
             places = first + torch.arange(keep, device=new.device)
             last = both.gather(1, places[..., None].expand(-1, -1, both.shape[2]))
         self._next.append((self._recent, name, last))
@@ -112,8 +124,7 @@ class KVCache:
             where[key] = value
         self._next.clear()
         if mask is not None or self.seen is not None:
-            first = next(iter(self._layers.values()), None) or next(iter(self._windows.values())).buffers
-            batch, device = first[0].shape[0], first[0].device
+            batch, device = len(self._some()), self._some().device
             before = known(self.seen, (batch, self.length), device)
             self.seen = torch.cat([before, known(mask, (batch, tokens), device)], dim=1)
         self.length += tokens
@@ -129,15 +140,22 @@ class KVCache:
         copied. So any number of questions about one long text cost its memory once.
 
         Raises:
-            ValueError: this cache holds no token, more than one row, padding, or is a fork itself.
+            ValueError: rows below 1, or this cache holds no token, more than one row, padding, or is a fork
+                itself.
         """
-        if not self.length or self.seen is not None or self._begin:
-            raise ValueError("only a cache with tokens, without padding, that is no fork can be forked.")
+        if rows < 1:
+            raise ValueError(f"rows={rows} must be at least 1.")
+        if not self.length:
+            raise ValueError("this cache holds no token to go on from. Read a prompt into it first.")
+        if self._begin:
+            raise ValueError("this cache is a fork itself. Fork the one that it came from, once more.")
+        if self.seen is not None:
+            raise ValueError("a cache with padding cannot be forked. Read one prompt without a mask into it.")
+        if (held := len(self._some())) != 1:
+            raise ValueError(f"a cache of {held} rows cannot be forked; it must have one.")
         child = KVCache(capacity=64, dtype=self.dtype)
         child.length = child._begin = self.length
         for layer, buffers in self._layers.items():
-            if len(buffers[0]) != 1:
-                raise ValueError(f"a cache of {len(buffers[0])} rows cannot be forked; it must have one.")
             child._shared[layer] = tuple(x[:, :, : self.length] for x in buffers)
             child._layers[layer] = [x.new_empty(rows, x.shape[1], 64, x.shape[3]) for x in buffers]
         for layer, window in self._windows.items():
@@ -153,11 +171,21 @@ class KVCache:
         kept += [x for window in self._windows.values() for x in window.buffers]
         return sum(x.nbytes for x in (*kept, *self._recent.values()))
 
+    def _some(self) -> Tensor:
+        """One of the buffers (b g capacity c)."""
+        first = next(iter(self._layers.values()), None) or next(iter(self._windows.values())).buffers
+        return first[0]
+
     def _append_window(self, layer: int, new: tuple[Tensor, ...], keep: int) -> tuple[Tensor, ...]:
         s = new[0].shape[2]
         window = self._windows.get(layer) if self.length else None
         if window is not None:
             _check_kinds(window.buffers, new)
+            if window.held != min(self.length, keep):
+                raise ValueError(
+                    f"this cache holds {window.held} tokens of layer {layer}, whose window of {keep + 1} "
+                    f"needs {min(self.length, keep)}: it was filled by another model. Use a new KVCache."
+                )
         if window is not None and window.stop + s <= window.buffers[0].shape[2]:
             for buffer, tensor in zip(window.buffers, new, strict=True):
                 buffer[:, :, window.stop : window.stop + s] = tensor
@@ -212,6 +240,10 @@ def _check_kinds(buffers: "list[Tensor] | tuple[Tensor, ...]", new: tuple[Tensor
             f"this cache holds (batch, key heads, channels, dtype, device) = {held[0]}, got {given[0]}. "
             f"Use a new KVCache for another batch or model."
         )
+
+
+def _inputs(x: Tensor) -> tuple[int | str, ...]:
+    return (*x.shape, str(x.dtype), str(x.device))
 
 
 def _kinds(tensors: "list[Tensor] | tuple[Tensor, ...]") -> list[tuple[int, int, int, str, str]]:

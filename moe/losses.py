@@ -168,10 +168,12 @@ def pointer_loss(queries: Tensor, keys: Tensor, places: Tensor, pointers: Tensor
         chosen = pointed >= 0
         q, at, pointed = q[:, chosen], at[chosen], pointed[chosen]
         group = q.shape[0] // k.shape[0]
-        logits = rearrange(q, "(g r) m c -> g (r m) c", r=group) @ k.mT  # (g (r m) l)
-        logits = rearrange(logits, "g (r m) l -> (g r) m l", r=group).float()
+        q = rearrange(_as_float(q), "(g r) m c -> g (r m) c", r=group)
+        with torch.autocast(q.device.type, enabled=False):  # logits of 80 would be off by 0.25 in bfloat16
+            logits = q @ _as_float(k).mT
+        logits = rearrange(logits, "g (r m) l -> (g r) m l", r=group)
         hidden = torch.arange(k.shape[1], device=k.device) > at[:, None]
         logs = logits.masked_fill(hidden, -torch.inf).log_softmax(-1)
-        rows.append(logs.gather(-1, pointed.expand(len(q), -1)[..., None]).flatten())
+        rows.append(logs.gather(-1, pointed.expand(len(logs), -1)[..., None]).flatten())
     logs = torch.cat(rows)
     return -logs.sum() / max(logs.numel(), 1)

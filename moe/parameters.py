@@ -58,7 +58,7 @@ def flops_per_token(config: DecoderConfig, sequence: int) -> float:
 
     2 per weight of every matrix a token is multiplied with: attention, router, k experts, shared experts,
     dense layers and the head (v d, tied or not). The embedding is a look-up and costs nothing; norms,
-    activations, softmax and biases are left out (below 1 %).
+    activations, softmax, biases (below 1 %) and short convolutions (2 w a channel) are left out.
     4 n c a layer per key seen, for q k^T and the sum of values; a token sees (sequence + 1) / 2 on average,
     fewer in a sliding window. Latents make keys and values once a token, as in training.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.decoder import Decoder
+from moe.decoder import Decoder, check_ids
 from moe.decoder_config import DecoderConfig
 from moe.generate import evaluating
 from moe.kv_cache import KVCache
@@ -59,12 +59,9 @@ def prefill(
     Stopped half-way, the decoder is as before. Experts with a capacity drop other tokens than in one pass.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, a chunk below 1.
+        ValueError: an empty prompt, an id outside the vocabulary, a chunk below 1; before anything is read.
     """
-    if ids.dim() != 2 or not ids.shape[1]:
-        raise ValueError(f"ids must be prompts (b s) of at least one token, got shape {tuple(ids.shape)}.")
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1.")
+    _check(ids, decoder.config.vocab_size, chunk)
     cache = KVCache(capacity=ids.shape[1] + 1, dtype=dtype)
     device = decoder.head_weight.device
     started, total = time.perf_counter(), ids.shape[1]
@@ -80,6 +77,17 @@ def prefill(
         torch.cuda.synchronize(device)  # or the seconds would end before the last pieces do
     path = describe_path(decoder.config, every_place=every_place)
     return Prefill(cache, states[:, -1], path, time.perf_counter() - started)
+
+
+def _check(ids: Tensor, vocab_size: int, chunk: int) -> None:
+    if ids.dim() != 2 or not ids.shape[1]:
+        raise ValueError(f"ids must be prompts (b s) of at least one token, got shape {tuple(ids.shape)}.")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be whole numbers, such as int64 or uint8, got {ids.dtype}.")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1.")
+    for piece in ids.split(CHUNK, dim=1):
+        check_ids(piece.to(torch.int64), vocab_size)
 
 
 def describe_path(config: DecoderConfig, *, every_place: bool = False) -> str:

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe import Decoder
 from moe.attend import attend
 from moe.attention import GroupedQueryAttention, RMSNorm
 from moe.decoder_config import DecoderConfig
 from moe.kv_cache import KVCache
-from moe.rotary import Rotation
+from moe.rotary import RopeScaling, Rotation
 from moe.sight import Sight
 
 
@@ -121,6 +122,57 @@ def test_rotary_products_depend_on_the_distance_alone(query_at, key_at, shift):
 def test_rotary_has_no_last_position():
     far = Rotation.at(torch.tensor([[10_000_000, 10_000_001]]), 8, 10000.0, torch.float64)
     torch.testing.assert_close(far.cos[0, :, 0], torch.tensor([1e7, 1e7 + 1], dtype=torch.float64).cos())
+
+
+FAR = 10_000_000
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(rope_type="yarn", factor=8.0)], ids=["plain", "yarn"])
+@pytest.mark.parametrize("theta", [1000.0, 10000.0, 1e6])
+def test_far_away_products_still_depend_on_the_distance_alone(theta, scaling):
+    query, key = torch.randn(2, 1, 1, 64, 16)
+    for distance in (1, 7, 31, 4000):
+        near, far = (
+            products(query, key, start, distance, theta, reach=FAR + 5000, scaling=scaling)
+            for start in (0, FAR)
+        )
+        torch.testing.assert_close(far, near, rtol=0, atol=1e-5)
+    in_float32 = products(query, key, FAR, 1, theta, reach=0, scaling=scaling)
+    assert (in_float32 - products(query, key, 0, 1, theta, reach=0, scaling=scaling)).abs().max() > 1e-3
+
+
+def products(
+    query: Tensor, key: Tensor, start: int, distance: int, theta: float, *, reach: int, scaling
+) -> Tensor:
+    """q . k at places `start + distance` and `start`, for each of many (1 1 s c) vectors."""
+    options = {"scaling": scaling, "max_position_embeddings": 2048, "reach": reach}
+    at, there = (
+        Rotation.at(torch.full((1, 64), place), 16, theta, **options)(x)
+        for place, x in ((start + distance, query / 4), (start, key / 4))
+    )
+    return (at * there).sum(-1)
+
+
+def test_below_65536_places_turn_by_the_same_bits_whatever_the_reach():
+    positions = torch.arange(0, 65_536, 97)[None]
+    plain = Rotation.at(positions, 16, 10000.0)
+    angles = positions[..., None].float() * (1 / 10000.0 ** (torch.arange(0, 16, 2).float() / 16))
+    assert torch.equal(plain.cos, angles.cos()) and torch.equal(plain.sin, angles.sin())
+    within = Rotation.at(positions, 16, 10000.0, reach=65_536)
+    assert torch.equal(within.cos, plain.cos) and torch.equal(within.sin, plain.sin)
+    beyond = Rotation.at(positions, 16, 10000.0, reach=65_537)
+    assert beyond.cos.dtype == torch.float32 and not torch.equal(beyond.cos, plain.cos)
+
+
+def test_a_decoder_says_how_far_its_positions_reach(monkeypatch):
+    reaches, at = [], Rotation.at
+    monkeypatch.setattr(Rotation, "at", lambda *x, reach, **more: reaches.append(reach) or at(*x, **more))
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    decoder, cache = Decoder(DecoderConfig(num_hidden_layers=1, **sizes)), KVCache()
+    with torch.no_grad():
+        for length in (5, 1, 3):
+            decoder(torch.zeros(1, length, dtype=torch.int64), cache=cache)
+    assert reaches == [5, 6, 9]
 
 
 def test_rotary_turns_bfloat16_in_float32():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoder_variants import BASE, LATENT, VARIANTS, drawn, tokens
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
@@ -13,70 +14,6 @@ from moe.attend import attend
 from moe.kv_cache import KVCache
 from moe.rotary import RopeScaling, Rotation
 from moe.sight import Sight
-
-BASE = DecoderConfig(
-    vocab_size=23,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    intermediate_size=20,
-    head_dim=8,
-    initializer_range=0.3,
-)
-LATENT = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
-LONG = {
-    "layer_types": "LLG",
-    "sliding_window": 3,
-    "no_rope_layers": (1, 1, 0),
-    "use_ssmax": True,
-    "use_qk_norm": True,
-    "canon_set": ("AC", "AC", "AB"),
-    "attention_init": "induction",
-}
-VARIANTS = {
-    "window": {"sliding_window": 4},
-    "window in some layers": {
-        "sliding_window": 3,
-        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
-    },
-    "sinks": {"attention_sinks": True},
-    "sinks and windows": {"attention_sinks": True, "sliding_window": 3},
-    "norm over all heads": {"use_qk_norm": True, "qk_norm": "full", "clip_qkv": 0.7},
-    "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
-    "a quarter of the channels turns": {"partial_rotary_factor": 0.25},
-    "neighbours turn": {"rope_interleave": True},
-    "multipliers": {
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 3.0,
-    },
-    "latents": LATENT | {"rope_interleave": True},
-    "latents of queries": LATENT | {"q_lora_rank": 7, "attention_bias": True, "attention_output_bias": True},
-    "no positions in one layer": {"no_rope_layers": (1, 0, 1)},
-    "logits grow with the keys": {"use_ssmax": True, "use_qk_norm": True},
-    "convolutions": {"canon_set": ("ABC", "", "KC"), "canon_kernel": 3},
-    "convolutions longer than the pieces": {"canon_set": ("A", "B", "C"), "canon_kernel": 6},
-    "long context": LONG,
-    "long context of one key head": LONG | {"num_key_value_heads": 1, "attention_sinks": True},
-    "latents and convolutions": LATENT | {"canon_set": ("AC", "C", "A"), "sliding_window": 3},
-    "yarn": {"rope_scaling": RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)},
-}
-
-
-def drawn(name: str) -> Decoder:
-    torch.manual_seed(0)
-    decoder = Decoder(replace(BASE, **VARIANTS[name])).double().eval()
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            if parameter.dim() == 1:  # norms, biases and sinks, which start at 1 and 0
-                parameter.add_(torch.randn_like(parameter) / 3)
-    return decoder
-
-
-def tokens(batch: int = 2, length: int = 11) -> Tensor:
-    return torch.randint(0, 23, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -145,6 +82,29 @@ def test_attention_with_windows_and_sinks_is_its_definition(window, has_sinks, v
         torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(truth, leaves, upstream), strict=True
     ):
         torch.testing.assert_close(our, true, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+def test_each_input_of_attention_alone_has_the_gradient_that_it_has_among_all(has_sinks, monkeypatch):
+    monkeypatch.setattr(
+        "moe.attend.MASK_BYTES", 1
+    )  # so that keys are read in blocks where nobody differentiates
+    q, k, v = (torch.randn(2, n, s, 8, dtype=torch.float64) for n, s in ((6, 4), (2, 9), (2, 9)))
+    leaves = [q, k, v, *([torch.randn(6, dtype=torch.float64)] if has_sinks else [])]
+    sight, upstream = Sight(torch.arange(5, 9)[None]), torch.randn(2, 6, 4, 8, dtype=torch.float64)
+
+    def gradients(wanted: list[int]) -> list[Tensor]:
+        given = [leaf.detach().requires_grad_(i in wanted) for i, leaf in enumerate(leaves)]
+        out = attend(*given[:3], sight, sinks=given[3] if has_sinks else None)
+        return list(torch.autograd.grad(out, [given[i] for i in wanted], upstream))
+
+    together = gradients(list(range(len(leaves))))
+    for i, expected in enumerate(together):
+        torch.testing.assert_close(gradients([i])[0], expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        blocks = attend(*leaves[:3], sight, sinks=leaves[3] if has_sinks else None)
+    q.requires_grad_()
+    torch.testing.assert_close(blocks, attend(*leaves[:3], sight, sinks=leaves[3] if has_sinks else None))
 
 
 def test_a_huge_sink_takes_all_the_weight_and_stays_finite():

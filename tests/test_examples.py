@@ -28,6 +28,7 @@ SHOWS = {
         r"bias alone: ([\d.]+) -> ([\d.]+)",
         lambda a, b: float(b) < 0.5 * float(a),
     ),
+    "09_a_long_context.py": (r"of rain = ' looks at byte (\d+), what follows it is at (\d+)", str.__eq__),
     "06_kernels_alone.py": (r"difference from the definition (\S+) of", lambda error: float(error) < 1e-2),
 }
 

@@ -5,9 +5,16 @@ n_e pairs sent to expert e, f_e = n_e / (k t), P_e the mean over tokens of the s
 
 import pytest
 import torch
+from decoder_variants import drawn, tokens
 from helpers import assert_same, tiny_config
 
-from moe.losses import load_balancing_loss, max_violation, router_z_loss, uniform_value
+from moe.losses import (
+    load_balancing_loss,
+    max_violation,
+    pointer_loss,
+    router_z_loss,
+    uniform_value,
+)
 from moe.routing import Router, Routing
 
 CONVENTIONS = ("hf", "megatron", "olmo", "megablocks")
@@ -339,3 +346,75 @@ def test_the_number_of_sequences_goes_with_the_granularity(granularity, sequence
     routing = route(random_logits(tokens=8))
     with pytest.raises(ValueError, match="sequences"):
         load_balancing_loss(routing, granularity=granularity, sequences=sequences)
+
+
+# The pointer loss
+
+
+def pointed(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    """Queries (b n m c), keys (b g l c), places and pointers (b m); a row without any."""
+    queries, keys = torch.randn(3, 4, 5, 6, dtype=dtype), torch.randn(3, 2, 9, 6, dtype=dtype)
+    places = torch.tensor([[0, 2, 5, 6, 8], [1, 2, 3, 4, 5], [4, 5, 6, 7, 8]])
+    pointers = torch.tensor([[0, 1, -1, 6, 3], [-1] * 5, [0, 5, -1, -1, 2]])
+    return queries.requires_grad_(), keys.requires_grad_(), places, pointers
+
+
+def pointer_loss_by_loops(queries, keys, places, pointers):
+    terms = []
+    for row in range(len(queries)):
+        for i, (place, pointer) in enumerate(zip(places[row].tolist(), pointers[row].tolist(), strict=True)):
+            for head in range(queries.shape[1] if pointer >= 0 else 0):
+                own = keys[row, head * keys.shape[1] // queries.shape[1]]
+                weights = [(queries[row, head, i] @ own[key]).exp() for key in range(place + 1)]
+                terms.append(-(weights[pointer] / sum(weights)).log())
+    return sum(terms) / len(terms)
+
+
+def test_the_pointer_loss_is_its_definition_in_value_and_gradients():
+    queries, keys, places, pointers = pointed()
+    ours, truth = (loss(queries, keys, places, pointers) for loss in (pointer_loss, pointer_loss_by_loops))
+    assert ours.dtype == torch.float64
+    assert_same(ours, truth)
+    gradients = (torch.autograd.grad(loss, [queries, keys]) for loss in (ours, truth))
+    for our, true in zip(*gradients, strict=True):
+        assert_same(our, true)
+
+
+def test_the_pointer_loss_of_bfloat16_queries_is_computed_in_float32():
+    queries, keys, places, pointers = pointed(torch.bfloat16)
+    queries = queries * 10  # logits of a trained model
+    truth = pointer_loss(queries.double(), keys.double(), places, pointers)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ours = pointer_loss(queries, keys, places, pointers)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_point_at_costs_zero_with_zero_gradients():
+    queries, keys, places, pointers = pointed()
+    loss = pointer_loss(queries, keys, places, torch.full_like(pointers, -1))
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, [queries, keys]):
+        assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("place", [0, 3, 8])
+def test_uniform_attention_costs_the_logarithm_of_the_places_seen(place):
+    queries, keys = torch.zeros(1, 4, 1, 6), torch.randn(1, 2, 9, 6)
+    loss = pointer_loss(queries, keys, torch.tensor([[place]]), torch.tensor([[place // 2]]))
+    torch.testing.assert_close(loss, torch.tensor(place + 1.0).log())
+
+
+def test_the_pointer_loss_of_a_decoder_is_what_its_attention_pays():
+    decoder = drawn("logits grow with the keys")
+    ids, places = tokens(), torch.tensor([[3, 9], [5, 10]])
+    pointers = torch.tensor([[2, -1], [5, 0]])
+    some, whole = decoder.hidden(ids, at=places).attended, decoder.hidden(ids).attended
+    loss = pointer_loss(some.queries, some.keys, places, pointers)
+    paid = []
+    for row, place, pointer in [(0, 3, 2), (1, 5, 5), (1, 10, 0)]:
+        for head in range(6):
+            logits = whole.keys[row, head // 3, : place + 1] @ whole.queries[row, head, place]
+            paid.append(-logits.log_softmax(0)[pointer])
+    assert_same(loss, torch.stack(paid).mean())

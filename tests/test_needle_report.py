@@ -336,8 +336,8 @@ def test_there_is_a_panel_for_each_template_and_its_words_are_right():
     again = known_record(dtype="bfloat16").rows  # the same questions: they count once
     figure = needle_figure(merge([known_record(), NeedleRecord(again, {})]), depths=4)
     key_value, sentence, _ = figure.axes
-    assert key_value.get_title() == "key_value: 12/17 = 70.5 % (≥ 47.8 %)"
-    assert sentence.get_title() == "sentence: 6/6 = 100.0 % (≥ 60.6 %)"
+    assert key_value.get_title() == "key_value\n12/17 = 70.5 % (≥ 47.8 %)"
+    assert sentence.get_title() == "sentence\n6/6 = 100.0 % (≥ 60.6 %)"
     assert {text.get_text() for text in key_value.texts} == {"2/2", "1/2", "0/3", "9/10"}
     labels = [label.get_text() for label in key_value.get_xticklabels()]
     assert labels == ["64k\n3/7\n≥ 12.8 %", "10M\n9/10\n≥ 60.5 %"]
@@ -361,7 +361,7 @@ def test_models_have_rows_of_panels_and_variants_figures_of_their_own():
     other = known_record(run="other", variant="")
     control = known_record(variant="shuffled values")
     record = NeedleRecord((*known_record().rows, *other.rows, *control.rows), {})
-    titles = [axes.get_title().partition(":")[0] for axes in needle_figure(record).axes[:-1]]
+    titles = [axes.get_title().partition("\n")[0] for axes in needle_figure(record).axes[:-1]]
     assert titles == ["tiny, key_value", "tiny, sentence", "other, key_value", "other, sentence"]
     assert len(needle_figure(record, variant="shuffled values").axes) == 3
 

@@ -5,6 +5,7 @@ d model width, h expert width. A *row* is a pair's place in the order sorted by 
 """
 
 from .activation import activate
+from .attention import attention_over_cache
 from .combine import combine, dispatch
 from .experts_ffn import experts_ffn
 from .grouped_linear import grouped_linear, grouped_linear_grad_rows, grouped_linear_grad_weight
@@ -12,6 +13,7 @@ from .routing import sort_by_expert
 
 __all__ = [
     "activate",
+    "attention_over_cache",
     "combine",
     "dispatch",
     "experts_ffn",

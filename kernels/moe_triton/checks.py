@@ -1,5 +1,7 @@
 """What the operations refuse at the door."""
 
+import math
+
 from torch import Tensor, bfloat16, float16, float32, int32, int64
 
 from .activation import check_activation
@@ -7,6 +9,8 @@ from .settings import Settings
 
 DTYPES = (bfloat16, float16, float32)
 INTEGERS = (int64, int32)
+MOST_CHANNELS = 256  # of a head: more would not fit into the registers of an attention kernel
+MOST_PLACES = 2**30  # keys of a head, or query rows: attention counts both with 32 bits
 
 
 def check_experts_ffn(
@@ -74,6 +78,38 @@ def check_grad_weight(grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor |
         raise ValueError(
             f"out has strides {out.stride()}: it is expanded, and several numbers of the sum would share "
             f"one place. Give it memory of its own: out.contiguous()."
+        )
+
+
+def check_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+    """Raise ValueError unless the arguments of `attention_over_cache` fit together."""
+    require_rank("queries", queries, "b n s c")
+    require_rank("keys", keys, "b g l c")
+    (b, n, s, c), (_, g, l, _) = queries.shape, keys.shape
+    shared = keys.shape[0] == 1
+    require_shape("keys", keys, (1 if shared else b, g, l, c))
+    require_shape("values", values, tuple(keys.shape))
+    if n % max(1, g) or (g == 0 and n):
+        raise ValueError(f"{n} query heads cannot share {g} key heads evenly: n must be a multiple of g.")
+    if not (16 <= c <= MOST_CHANNELS and c % 16 == 0):
+        raise ValueError(
+            f"c={c} channels a head: attention_over_cache takes multiples of 16 up to {MOST_CHANNELS}. Keep "
+            f"queries, keys and values with channels of zeros up to one; they change no result."
+        )
+    if max(l, l + s, b * n * s) >= MOST_PLACES:
+        raise ValueError(
+            f"{l} keys and {b} x {n} x {s} query rows: fewer than 2^30 of each are taken. Cut them into parts; "
+            f"parts of the keys are merged by their lse."
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale={scale} must be a positive number; flip the sign of the queries instead.")
+    require_dtype("keys", keys)
+    require_same(keys=keys, values=values)
+    require_device(keys, "keys", queries=queries)
+    if queries.dtype not in (keys.dtype, float32):
+        raise ValueError(
+            f"queries is {queries.dtype}, but keys is {keys.dtype}: queries of the cache's dtype or float32 "
+            f"are taken. Cast the queries."
         )
 
 

@@ -32,6 +32,8 @@ WRITTEN_AS: dict[str, dict[str, str]] = {
 # Settings that change no result in exact arithmetic: precision, order, how weights were drawn, losses
 WITHOUT_EFFECT = (
     "initializer_range",
+    "embedding_initializer_range",
+    "attention_init",
     "router_dtype",
     "router_logits_dtype",
     "routing_weights_dtype",
@@ -111,6 +113,11 @@ def _meaningless(config: DecoderConfig, all_sparse: bool, any_sparse: bool) -> l
     if not any_sparse:
         kept = ("hidden_size", "initializer_range")
         names += [f.name for f in fields(MoEConfig) if f.name not in kept]
+    layers = range(config.num_hidden_layers)
+    if all(map(config.is_rotary, layers)):
+        names += ["no_rope_layers"]
+    if not any(map(config.canon_letters, layers)):
+        names += ["canon_set", "canon_kernel"]
     if config.n_group == 1:
         names += ["group_score", "topk_group"]
     if not config.n_shared_experts:

@@ -6,7 +6,7 @@
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
 from moe.config import GATED_ACTIVATIONS, Activation
@@ -178,3 +178,32 @@ def experts_ffn(
     pre = grouped_linear(rows, up_proj, offsets, up_bias)
     hidden = activate(pre, activation, interleaved=interleaved, limit=limit, alpha=alpha)
     return combine(grouped_linear(hidden, down_proj, offsets, down_bias), weights, row_of_pair, offsets)
+
+
+def attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    allowed: Tensor | None,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """out[q] = sum over the keys k that q may see of exp(scale q·k) / z · values[k], z the sum of those exp.
+
+    queries (b n s c), keys (b g l c), values (b g l c'), where n / g query heads in a row share a key head;
+    allowed (b 1 s l) or (b n s l) bool, None for all -> (b n s c').
+
+    sinks (n): exp(sink) of a head joins its z, so a query that sees no key gets 0. Without sinks such a query
+    has no answer, and the output is NaN.
+    """
+    shared = queries.shape[1] // keys.shape[1]
+    keys, values = (repeat(x, "b g l c -> b (g r) l c", r=shared) for x in (keys, values))
+    scores = scale * einsum(queries, keys, "b n s c, b n l c -> b n s l")
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        sink = repeat(sinks, "n -> b n s 1", b=scores.shape[0], s=scores.shape[2])
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]]
+    return einsum(weights, values, "b n s l, b n l c -> b n s c")

@@ -66,7 +66,8 @@ def needle_figure(record: NeedleRecord, *, variant: str = "", depths: int = 10) 
                 chosen = [row for row in rows if row.model == model and row.template == template]
                 draw_panel(axes, chosen, lengths, depths=depths)
                 found = _share(tally(chosen)) if chosen else "not asked"
-                axes.set_title(f"{name}, {template}: {found}" if len(names) > 1 else f"{template}: {found}")
+                what = f"{name}, {template}" if len(names) > 1 else template
+                axes.set_title(f"{what}\n{found}")  # on one line, titles of narrow panels run into each other
         bar = figure.colorbar(_COLOUR_OF, ax=panels, shrink=0.8, label="recall in a cell (right / asked)")
         bar.set_ticks([0, 0.25, 0.5, 0.75, 0.9, 1])
         figure.suptitle("\n".join(_describe(model, name, rows) for model, name in names.items()))

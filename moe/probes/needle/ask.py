@@ -81,16 +81,17 @@ def answer(
     given: dict[int, bytes] = {}
     for group in _groups(questions, batch):
         ids = torch.tensor([list(questions[i].query) for i in group], device=device)
-        new = len(questions[group[0]].answer)
+        new = max(len(questions[i].answer) for i in group)
         out = decoder.generate(ids, max_new_tokens=new, temperature=0.0, cache=cache.fork(len(group)))
-        given |= {i: bytes(row) for i, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True)}
+        written = out[:, ids.shape[1] :].tolist()
+        given |= {i: bytes(row[: len(questions[i].answer)]) for i, row in zip(group, written, strict=True)}
         answered(len(given), len(questions), time.perf_counter() - started)
     return tuple(given[i] for i in range(len(questions)))
 
 
 def _groups(questions: Sequence[Question], batch: int) -> list[list[int]]:
-    """Numbers of questions whose query and answer have one length, at most `batch` together."""
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for number, question in enumerate(questions):
-        by_shape.setdefault((len(question.query), len(question.answer)), []).append(number)
-    return [group[i : i + batch] for group in by_shape.values() for i in range(0, len(group), batch)]
+    """Numbers of questions whose queries have one length, at most `batch` together, like answers together."""
+    by_length: dict[int, list[int]] = {}
+    for number in sorted(range(len(questions)), key=lambda i: len(questions[i].answer)):
+        by_length.setdefault(len(questions[number].query), []).append(number)
+    return [group[i : i + batch] for group in by_length.values() for i in range(0, len(group), batch)]

@@ -3,6 +3,7 @@
 from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,11 +34,14 @@ class FindNeedles:
             self.definitions = find_definitions(corpus.train, corpus.root)
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """The tensors of a `TrainingBatch`."""
+        """The tensors of a `TrainingBatch`, and totals (b 2) int64, the same in each row: the answers and the
+        sequences of all parts, without which the means of unlike parts would not add up to that of the whole.
+        """
         train, data = self.config.train, self.config.data
         length, batch = self.needle.shape(
             step, train.steps, length=data.sequence_length, batch=train.batch_size
         )
+        batch -= batch % train.accumulation  # never below batch_size, which its parts share
         made = training_batch(
             self.text,
             self.needle,
@@ -47,19 +51,36 @@ class FindNeedles:
             step=step,
             definitions=self.definitions,
         )
-        return made.ids, made.places, made.targets, made.is_answer, made.pointers
+        totals = torch.tensor([[int(made.is_answer.sum()), batch]] * batch)
+        return made.ids, made.places, made.targets, made.is_answer, made.pointers, totals
 
     def loss(self, model: Decoder, *batch: Tensor) -> DecoderLoss:
         """`cross_entropy` is that of the answers alone; `total` has all three parts."""
-        ids, places, targets, is_answer, pointers = batch
+        ids, places, targets, is_answer, pointers, totals = batch
         hidden = model.hidden(ids, at=places)
         answers, others = (
             model.cross_entropy(hidden.states, targets.where(chosen, IGNORED))
             for chosen in (is_answer, ~is_answer)
         )
+        of_answers, of_others = shares(is_answer, totals)
+        answers, others = answers * of_answers, others * of_others
         total = answers + self.needle.text_loss * others
         if self.needle.pointer_loss:
             looked = hidden.attended
-            found = pointer_loss(looked.queries, looked.keys, places, pointers)
+            found = pointer_loss(looked.queries, looked.keys, places, pointers) * of_answers
             total = total + self.needle.pointer_loss * found
         return model.with_router_losses(answers, total, hidden, len(ids))
+
+
+def shares(is_answer: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """The answers, and the other places, of these sequences (b m) over those that as many sequences have on
+    average in the whole batch: 1 where these are all of it.
+    """
+    answers, sequences = totals[0]
+    mine, places = is_answer.sum(), is_answer.numel()
+    others = sequences * is_answer.shape[1] - answers
+    of_answers, of_others = (
+        sequences * part / (len(is_answer) * whole.clamp(min=1))
+        for part, whole in ((mine, answers), (places - mine, others))
+    )
+    return of_answers, of_others
