@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.decoder import Decoder
 from moe.decoder_config import DecoderConfig
-from moe.generate import STOPPED, keep_min_p, keep_top_k, keep_top_p, stream
+from moe.generate import STOPPED, Sampling, keep_min_p, keep_top_k, keep_top_p, stream
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -236,3 +237,46 @@ def test_nan_logits_are_an_error(decoder):
         decoder.generate(PROMPT, max_new_tokens=2)
     with torch.no_grad():
         decoder.model.norm.weight.copy_(weight)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what makes a GPU be waited for: numbers that are read off the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_greedy_continuation_on_a_gpu_is_waited_for_as_often_however_long_it_is(monkeypatch):
+    monkeypatch.setattr(Sampling, "must_look", lambda self, device: False)  # as on a GPU
+    dense = Decoder(
+        DecoderConfig(
+            vocab_size=13,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_experts=0,  # experts look at how many pairs they have; on a GPU they do not
+            intermediate_size=16,
+        )
+    )
+
+    def reads(tokens: int) -> int:
+        with _Reads() as mode:
+            dense.generate(PROMPT, max_new_tokens=tokens, temperature=0.0)
+        return mode.count
+
+    assert reads(12) == reads(2) > 0
+    with torch.no_grad():
+        dense.model.norm.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        dense.generate(PROMPT, max_new_tokens=3, temperature=0.0)
+
+
+def test_steps_that_need_the_one_before_are_looked_at():
+    cuda = torch.device("cuda")
+    assert not Sampling(max_new_tokens=2, temperature=0.0).must_look(cuda)
+    for options in ({"temperature": 1.0}, {"temperature": 0.0, "stop": 3}):
+        assert Sampling(max_new_tokens=2, **options).must_look(cuda)
+    assert Sampling(max_new_tokens=2, temperature=0.0).must_look(torch.device("cpu"))
