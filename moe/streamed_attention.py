@@ -55,7 +55,6 @@ def merge(parts: Sequence[Partial], sinks: Tensor | None = None) -> Tensor:
     return whole.out * torch.sigmoid(whole.lse - sinks.to(whole.lse.dtype)[:, None])[..., None]
 
 
-@torch.no_grad()
 def streamed_attention(
     queries: Tensor,
     keys: Tensor,
@@ -74,7 +73,7 @@ def streamed_attention(
     Reference: moe.ops.reference.attention.
 
     Raises:
-        ValueError: shapes that do not fit together, or a block below 1.
+        ValueError: shapes that do not fit together, a block below 1, or gradients asked for.
     """
     _check(queries, keys, values, block)
     (b, n, s, _), (shared, g, l, width) = queries.shape, values.shape
@@ -220,6 +219,11 @@ def _check(queries: Tensor, keys: Tensor, values: Tensor, block: int) -> None:
     if g == 0 or n % g:
         raise ValueError(
             f"{n} query heads cannot share {g} key heads evenly. Make one a multiple of the other."
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values)):
+        raise ValueError(
+            "streamed_attention has no gradients. Call it inside torch.no_grad(), or train with "
+            "moe.attention.attend or moe.windowed_attention."
         )
     if block < 1:
         raise ValueError(f"block={block} must be at least 1 key. Leave it out for the measured one.")
