@@ -112,6 +112,20 @@ def test_a_first_pass_that_failed_may_be_followed_by_another_batch_and_dtype(mon
         assert_close(torch.cat(parts, dim=1), decoder(ids).logits)
 
 
+def test_nothing_stays_of_a_first_pass_of_another_model_that_failed(monkeypatch):
+    other, decoder = drawn("long context, full in the middle"), drawn("sinks and windows")
+    cache, fresh, ids = KVCache(), KVCache(), tokens(1, 9)
+    for layer in (3, 2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(other.model.layers[layer].mlp, "forward", interrupt)
+            other(ids, cache=cache)
+    for each in (cache, fresh):
+        decoder(ids, cache=each)
+    assert cache.nbytes == fresh.nbytes
+    more = tokens(2, 5)
+    assert torch.equal(decoder(more, cache=cache.fork(2)).logits, decoder(more, cache=fresh.fork(2)).logits)
+
+
 # Few bits
 
 
