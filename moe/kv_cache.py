@@ -132,6 +132,8 @@ class KVCache:
     def begin(self) -> None:
         """Forget what a forward pass that failed left behind; the decoder calls it before its layers."""
         self._next.clear()
+        if not self.length:
+            self._layers.clear()
 
     def fork(self, rows: int) -> "KVCache":
         """A cache of `rows` rows that all go on from the one row of this one, and share its memory.

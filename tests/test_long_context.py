@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decoder_variants import BASE, LONG, VARIANTS, by_loops, drawn, tokens
-from einops import einsum
+from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from moe import Decoder
@@ -92,6 +92,26 @@ def assert_same_pass(ours: Tensor, truth: Tensor, parameters: list) -> None:
     gradients = (torch.autograd.grad(x, parameters, upstream, **options) for x in (ours, truth))
     for our, true in zip(*gradients, strict=True):
         torch.testing.assert_close(our, true, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["logits grow with the keys", "multipliers", "norm over all heads"])
+def test_attention_is_the_softmax_of_the_products_that_it_reports(name):
+    decoder, ids, taken = drawn(name), tokens(), {}
+    layer = decoder.model.layers[2].self_attn
+    layer.v_proj.register_forward_hook(lambda module, x, values: taken.update(values=values))
+    layer.o_proj.register_forward_hook(lambda module, x, y: taken.update(mixed=x[0], out=y))
+    attended = decoder.hidden(ids).attended
+    keys, values = (
+        repeat(x, "b g l c -> b (g r) l c", r=3)
+        for x in (attended.keys, rearrange(taken["values"], "b l (g c) -> b g l c", g=2))
+    )
+    if decoder.config.clip_qkv is not None:
+        values = values.clamp(-decoder.config.clip_qkv, decoder.config.clip_qkv)
+    unseen = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    weights = (attended.queries @ keys.mT).masked_fill(unseen, -torch.inf).softmax(-1)
+    mixed = rearrange(weights @ values, "b n s c -> b s (n c)")
+    torch.testing.assert_close(taken["mixed"], mixed, rtol=1e-9, atol=1e-9)
+    assert torch.equal(attended.out, taken["out"])
 
 
 @pytest.mark.parametrize("name", RAISES_ON_TENSORS)

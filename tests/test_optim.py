@@ -1,5 +1,6 @@
 """Which parameters decay, which rate they get, and that state survives a round trip exactly."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from moe.train.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
-from moe.train.presets import tiny
+from moe.train.presets import needle, tiny
 from moe.train.settings import OptimConfig
 
 
@@ -40,6 +41,13 @@ def test_weight_decay_is_for_matrices_only():
     }
     assert decayed == {"q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj"}
     assert {g["weight_decay"] for g in groups.values()} == {0.0, 0.3}
+
+
+def test_taps_of_convolutions_and_scales_of_logits_go_without_decay():
+    config = replace(needle().model, hidden_size=16, head_dim=8)
+    groups = groups_by_name(Decoder(config), OptimConfig(weight_decay=0.3))
+    new = {name: group["weight_decay"] for name, group in groups.items() if "conv" in name or "ssmax" in name}
+    assert len(new) == 9 and set(new.values()) == {0.0}  # 3 before attention, 2 after it, q, k, v; the scales
 
 
 def test_embeddings_decay_when_asked():
