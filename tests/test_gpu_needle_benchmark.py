@@ -224,6 +224,7 @@ def test_the_whole_benchmark_trains_asks_times_and_goes_on_after_a_part_that_fai
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(gpu_needle, "bytes_per_second", lambda device: 1e10)
+    monkeypatch.setattr(gpu_needle_parts, "chunk_of", lambda device: 512)  # texts in several pieces
     trained_on = write_lines(tmp_path / "train", 3)
     text = write_lines(tmp_path / "haystacks", 2)  # enough for recall-1M, too little for recall-10M
     settings = [*SMALL, f'data.folder="{trained_on}"', f'data.cache="{tmp_path / "cache"}"']
