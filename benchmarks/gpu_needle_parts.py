@@ -24,8 +24,10 @@ from moe.decoder import Decoder
 from moe.decoder_config import DecoderConfig
 from moe.prefill import Prefill, prefill
 from moe.probes.needle.ask import Asked, answer
-from moe.probes.needle.evaluate import Questions, Result, check_dtype, check_run, make_haystacks
+from moe.probes.needle.evaluate import check_dtype, check_run
 from moe.probes.needle.haystack import Haystack
+from moe.probes.needle.pooling import Result, facts_of_text
+from moe.probes.needle.questions import Questions, make_haystacks
 from moe.train.device import memory_in_use
 from moe.train.runs import Run
 
@@ -107,7 +109,7 @@ def ask_about(job: Job, tokens: int, queries: int, haystacks: int) -> Iterator[d
     began = time.perf_counter()
     for haystack, text in make_haystacks(job.trained, questions, tokens):
         asked = read_and_answer(job, haystack, DTYPES[job.dtype])
-        result = Result.of(haystack, text, asked)
+        result = Result.of(haystack, facts_of_text(text), asked)
         seconds = time.perf_counter() - began
         yield asdict(result) | {"seconds": seconds}
         job.clock.need(seconds)
@@ -131,7 +133,8 @@ def read_and_answer(job: Job, haystack: Haystack, dtype: torch.dtype, *, every_p
         job.device,
     )
     answers, answer_seconds = timed(lambda: answer(decoder, read.cache, haystack.questions), job.device)
-    return Asked(answers, replace(read, seconds=seconds), answer_seconds, memory_in_use(job.device))
+    read = replace(read, seconds=seconds)
+    return Asked(answers, read, read.path, answer_seconds, memory_in_use(job.device))
 
 
 def read_strictly(job: Job, tokens: int, earlier: dict[str, Any] | None) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def recall_strictly(job: Job, tokens: int, queries: int) -> dict[str, Any]:
     haystack, text = next(make_haystacks(run, questions, tokens))
     every_place = not sees_all_pairs(config)
     asked = read_and_answer(job, haystack, questions.dtype, every_place=every_place)
-    result = Result.of(haystack, text, asked)
+    result = Result.of(haystack, facts_of_text(text), asked)
     facts = _strict_facts(job, run.model, asked.prefill, tokens, asked.prefill.seconds)
     return facts | {
         "flops": all_pairs_flops(config, tokens, every_place=every_place),
