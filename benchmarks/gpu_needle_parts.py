@@ -24,7 +24,7 @@ from moe.decoder import Decoder
 from moe.decoder_config import DecoderConfig
 from moe.prefill import Prefill, prefill
 from moe.probes.needle.ask import Asked, answer
-from moe.probes.needle.evaluate import check_dtype, check_run
+from moe.probes.needle.evaluate import check_dtype, check_memory, check_model
 from moe.probes.needle.haystack import Haystack
 from moe.probes.needle.pooling import Result, facts_of_text
 from moe.probes.needle.questions import Questions, make_haystacks
@@ -105,7 +105,8 @@ def ask_about(job: Job, tokens: int, queries: int, haystacks: int) -> Iterator[d
         ValueError: too little text or memory, or a run that does not read bytes.
     """
     questions = Questions(queries=queries, haystacks=haystacks, folder=job.folder, dtype=DTYPES[job.dtype])
-    check_run(job.trained, questions, [tokens])
+    check_model(job.trained, questions.dtype)
+    check_memory(job.trained, questions.dtype, [tokens])
     began = time.perf_counter()
     for haystack, text in make_haystacks(job.trained, questions, tokens):
         asked = read_and_answer(job, haystack, DTYPES[job.dtype])
@@ -171,7 +172,8 @@ def recall_strictly(job: Job, tokens: int, queries: int) -> dict[str, Any]:
     """The trained run computes every pair of places of one haystack, and is asked about it."""
     run, config = job.trained, job.config
     questions = Questions(queries=queries, haystacks=1, folder=job.folder, dtype=DTYPES[job.strict_dtype])
-    check_run(run, questions, [tokens])
+    check_model(run, questions.dtype)
+    check_memory(run, questions.dtype, [tokens])
     haystack, text = next(make_haystacks(run, questions, tokens))
     every_place = not sees_all_pairs(config)
     asked = read_and_answer(job, haystack, questions.dtype, every_place=every_place)
