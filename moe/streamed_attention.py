@@ -74,7 +74,7 @@ def streamed_attention(
     first: query i sees the keys 0 to first + i, as far as they exist; None: every query sees all keys.
     block: keys that a thread takes at a time; one query is work for all threads if there are enough blocks.
 
-    On a GPU with Triton it is `moe_triton.attention_over_cache`: queries are rounded to the dtype of the keys.
+    On a GPU with Triton `moe_triton.attention_over_cache` computes it, with queries in the dtype of the keys.
 
     Reference: moe.ops.reference.attention.
 
