@@ -24,8 +24,10 @@ from moe.decoder import Decoder
 from moe.decoder_config import DecoderConfig
 from moe.prefill import Prefill, prefill
 from moe.probes.needle.ask import Asked, answer
-from moe.probes.needle.evaluate import Questions, Result, check_dtype, check_run, make_haystacks
+from moe.probes.needle.evaluate import check_dtype, check_memory, check_model
 from moe.probes.needle.haystack import Haystack
+from moe.probes.needle.pooling import Result, facts_of_text
+from moe.probes.needle.questions import Questions, make_haystacks
 from moe.train.device import memory_in_use
 from moe.train.runs import Run
 
@@ -103,11 +105,12 @@ def ask_about(job: Job, tokens: int, queries: int, haystacks: int) -> Iterator[d
         ValueError: too little text or memory, or a run that does not read bytes.
     """
     questions = Questions(queries=queries, haystacks=haystacks, folder=job.folder, dtype=DTYPES[job.dtype])
-    check_run(job.trained, questions, [tokens])
+    check_model(job.trained, questions.dtype)
+    check_memory(job.trained, questions.dtype, [tokens])
     began = time.perf_counter()
     for haystack, text in make_haystacks(job.trained, questions, tokens):
         asked = read_and_answer(job, haystack, DTYPES[job.dtype])
-        result = Result.of(haystack, text, asked)
+        result = Result.of(haystack, facts_of_text(text), asked)
         seconds = time.perf_counter() - began
         yield asdict(result) | {"seconds": seconds}
         job.clock.need(seconds)
@@ -131,7 +134,8 @@ def read_and_answer(job: Job, haystack: Haystack, dtype: torch.dtype, *, every_p
         job.device,
     )
     answers, answer_seconds = timed(lambda: answer(decoder, read.cache, haystack.questions), job.device)
-    return Asked(answers, replace(read, seconds=seconds), answer_seconds, memory_in_use(job.device))
+    read = replace(read, seconds=seconds)
+    return Asked(answers, read, read.path, answer_seconds, memory_in_use(job.device))
 
 
 def read_strictly(job: Job, tokens: int, earlier: dict[str, Any] | None) -> dict[str, Any]:
@@ -168,11 +172,12 @@ def recall_strictly(job: Job, tokens: int, queries: int) -> dict[str, Any]:
     """The trained run computes every pair of places of one haystack, and is asked about it."""
     run, config = job.trained, job.config
     questions = Questions(queries=queries, haystacks=1, folder=job.folder, dtype=DTYPES[job.strict_dtype])
-    check_run(run, questions, [tokens])
+    check_model(run, questions.dtype)
+    check_memory(run, questions.dtype, [tokens])
     haystack, text = next(make_haystacks(run, questions, tokens))
     every_place = not sees_all_pairs(config)
     asked = read_and_answer(job, haystack, questions.dtype, every_place=every_place)
-    result = Result.of(haystack, text, asked)
+    result = Result.of(haystack, facts_of_text(text), asked)
     facts = _strict_facts(job, run.model, asked.prefill, tokens, asked.prefill.seconds)
     return facts | {
         "flops": all_pairs_flops(config, tokens, every_place=every_place),

@@ -14,7 +14,7 @@ from benchmarks.launches import Launch, recorded
 from benchmarks.shapes import SHAPES, Shape
 from moe_triton import activation, routing, rows
 from moe_triton.activation import ACTIVATIONS, GATED
-from moe_triton.attend import attend
+from moe_triton.attention import in_parts
 from moe_triton.attention_schedule import PASS_KEYS
 from moe_triton.config import FOLDER, TABLES, Config, choose_config, override, read_table
 from moe_triton.experts_ffn import backward, forward
@@ -45,7 +45,7 @@ def collect(target: Target, shapes: Sequence[str] | None = None) -> dict[str, li
 
 
 def calls(target: Target) -> Calls:
-    """Every row of the target's table, one token, the routing, attention; on sm_90 all else one can ask for."""
+    """Every row of the target's table, one token, the routing, attention; on sm_90 what else there is."""
     found = layers(sizes(target))
     found[f"{SMALL}, 1 token"] = lambda: layer(SHAPES[SMALL], 1, train=False)
     for experts in (8, 128, 256):
@@ -151,7 +151,7 @@ def attention(channels: int, dtype: torch.dtype = torch.bfloat16, *, odd: bool =
     for sequences, length in ((1, 1), (1, 16), (16, 16), (1, 1 << 16)):
         queries = meta(sequences, 4, length, channels, dtype=dtype)
         for first in (None, cache.shape[2] - length - 1):
-            attend(queries, cache, cache, 1.0, first)
+            in_parts(queries, cache, cache, 1.0, first)
 
 
 def layer(

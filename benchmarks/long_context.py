@@ -1,6 +1,6 @@
 """What a long context costs: reading it, answering from it, exact attention of all pairs, and more experts.
 
-    python -m benchmarks.long_context                      16k to 1M tokens: about 20 minutes on 2 cores
+    python -m benchmarks.long_context                      16k to 1M tokens: about 15 minutes on 2 cores
     python -m benchmarks.long_context --quick              16k and 64k: about 2 minutes
     python -m benchmarks.long_context --lengths 10M --dtypes bfloat16
     python -m benchmarks.long_context --run runs/a --run runs/b    two trained runs: their recall as well

@@ -19,7 +19,8 @@ from moe.decoder import Decoder
 from moe.decoder_config import DecoderConfig
 from moe.parameters import count_parameters
 from moe.prefill import prefill
-from moe.probes.needle.evaluate import Questions, evaluate_needles
+from moe.probes.needle.evaluate import evaluate_needles
+from moe.probes.needle.questions import Questions
 from moe.train.data import Windows
 from moe.train.overrides import change
 from moe.train.runs import open_run

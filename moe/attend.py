@@ -12,6 +12,7 @@ from moe.sight import Sight, reach
 from moe.streamed_attention import merge, streamed_attention
 from moe.windowed_attention import windowed_attention
 
+PARTS = 4
 MASK_BYTES = 1 << 22  # the largest mask (s l) that is made; beyond it keys are read in blocks
 
 
@@ -54,6 +55,8 @@ def attend(
         allowed = reach(s, l, None, keys.device)[None, None]
     if sinks is not None:
         return _attend_with_sinks(queries, keys, values, allowed, is_causal, scale, sinks)
+    if sight.places is not None and keys.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _attend_in_parts(queries, keys, values, sight, scale)
     if allowed is not None and keys.is_cuda:
         group = queries.shape[1] // keys.shape[1]
         keys, values = (repeat(x, "b g l c -> b (g r) l c", r=group) for x in (keys, values))
@@ -66,6 +69,33 @@ def attend(
         scale=scale,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
+
+
+def _attend_in_parts(queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scale: float) -> Tensor:
+    """Queries at rising places, a few at a time, each part with the keys up to its last place alone.
+
+    torch's attention on a CPU computes what a mask hides: this saves a third of it, and of its gradient.
+    """
+    assert sight.places is not None and sight.allowed is not None
+    outs = []
+    for part, allowed, places in zip(
+        queries.chunk(PARTS, dim=2),
+        sight.allowed.chunk(PARTS, dim=2),
+        sight.places.chunk(PARTS, dim=1),
+        strict=True,
+    ):
+        seen = int(places.max()) + 1
+        outs.append(
+            F.scaled_dot_product_attention(
+                part,
+                keys[:, :, :seen],
+                values[:, :, :seen],
+                attn_mask=allowed[..., :seen],
+                scale=scale,
+                enable_gqa=queries.shape[1] != keys.shape[1],
+            )
+        )
+    return torch.cat(outs, dim=2)
 
 
 def _is_long(queries: Tensor, keys: Tensor, values: Tensor) -> bool:

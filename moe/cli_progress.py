@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe.prefill import Progress
 
-WIDTH = 30  # of the bar, in characters
+NARROWEST, WIDEST = 5, 30  # a bar, in characters
 
 
 class Watch:
@@ -34,20 +34,22 @@ class Watch:
 def progress_bar(what: str, unit: str) -> "Progress":
     """Draws `what [###---] done/total unit, speed, time left`; nothing where errors go to a file.
 
-    The line is cut to the width of the terminal, so that it always draws over itself.
+    The bar is as wide as the line leaves room for, and the line cut to the width of the terminal, so that it
+    always draws over itself.
     """
 
     def draw(done: int, total: int, seconds: float) -> None:
         if not sys.stderr.isatty():
             return
-        filled = WIDTH * done // total
         speed = done / max(seconds, 1e-9)
         left = (total - done) / max(speed, 1e-9)
-        bar = "#" * filled + "-" * (WIDTH - filled)
-        line = f"{what} [{bar}] {done:,}/{total:,} {unit}, {_digits(speed)} a second, {left:.0f} s left"
+        figures = f"{done:,}/{total:,} {unit}, {_digits(speed)}/s, {left:.0f} s left"
         room = shutil.get_terminal_size().columns - 1
+        width = min(WIDEST, max(room - len(what) - len(figures) - len(" [] "), NARROWEST))
+        filled = width * done // total
+        line = f"{what} [{'#' * filled}{'-' * (width - filled)}] {figures}"
         end = "\n" if done == total else ""
-        print(f"\r{line[:room]:<{min(room, len(line) + 8)}}", end=end, file=sys.stderr, flush=True)
+        print(f"\r{line[:room]:<{room}}", end=end, file=sys.stderr, flush=True)
 
     return draw
 

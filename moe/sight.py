@@ -22,11 +22,13 @@ class Sight:
     positions  (b s) or (1 s) int64: a token's place among the real tokens of its row
     allowed    (b 1 s l) bool: which keys a query may see; None: each sees the keys up to its own, where the
                queries are the last of the l places, at most `window` of them
+    places     (b m) int64: of queries that are some of the tokens, rising; None: they are the last ones
     """
 
     positions: Tensor
     allowed: Tensor | None = None
     window: int | None = None
+    places: Tensor | None = None
 
     @classmethod
     def causal(
@@ -75,7 +77,7 @@ class Sight:
         allowed = places_of(at, self.positions.shape[1], self.window)
         if self.allowed is not None:
             allowed = rearrange(select(self.allowed[:, 0], at), "b m l -> b 1 m l")
-        return replace(self, positions=positions, allowed=allowed)
+        return replace(self, positions=positions, allowed=allowed, places=at)
 
 
 def reach(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

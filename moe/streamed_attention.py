@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from moe.ops.choose import triton_obstacle
+
 BLOCK = 4096  # with 64 channels in fp32, keys and values are 2 MiB, which the second cache of a core holds
 MOST_BLOCKS = 32  # of a run: more make it no faster
 MOST_CONVERTED = 4  # of a run whose keys are stored in 16 bits, so that their fp32 copies stay in a cache
 MOST_ROWS = 16384  # of all blocks of a run together, so that their outputs stay small
 MOST_SCORES = 2**24  # in memory at once, where no fused attention is at hand
 LOWEST = -60.0
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_CHANNELS = 256
 
 # What torch's attention calls on CPUs; it also returns the logarithm of the sum. It keeps the scores of a
 # block in cache, shares the blocks among the threads once a call, and makes numbers below the normal ones 0.
@@ -55,7 +59,6 @@ def merge(parts: Sequence[Partial], sinks: Tensor | None = None) -> Tensor:
     return whole.out * torch.sigmoid(whole.lse - sinks.to(whole.lse.dtype)[:, None])[..., None]
 
 
-@torch.no_grad()
 def streamed_attention(
     queries: Tensor,
     keys: Tensor,
@@ -71,10 +74,12 @@ def streamed_attention(
     first: query i sees the keys 0 to first + i, as far as they exist; None: every query sees all keys.
     block: keys that a thread takes at a time; one query is work for all threads if there are enough blocks.
 
+    On a GPU with Triton `moe_triton.attention_over_cache` computes it, with queries in the dtype of the keys.
+
     Reference: moe.ops.reference.attention.
 
     Raises:
-        ValueError: shapes that do not fit together, or a block below 1.
+        ValueError: shapes that do not fit together, a block below 1, or gradients asked for.
     """
     _check(queries, keys, values, block)
     (b, n, s, _), (shared, g, l, width) = queries.shape, values.shape
@@ -86,6 +91,10 @@ def streamed_attention(
     if 0 in (b, n, s, l):
         out = queries.new_zeros(b, n, s, width, dtype=wide)
         return Partial(out, torch.full_like(out[..., 0], -math.inf))
+    if _has_kernel(queries, keys, values, scale):
+        import moe_triton  # pyright: ignore[reportMissingTypeStubs]
+
+        return Partial(*moe_triton.attention_over_cache(queries, keys, values, scale, first))
     queries = rearrange(queries.to(wide) * scale, "(m x) (g r) s c -> (m g) (x r) s c", m=shared, g=g)
     common = l if first is None else min(first if s > 1 else first + 1, l)
     parts = _parts(queries.contiguous(), keys, values, common, block)
@@ -93,6 +102,14 @@ def streamed_attention(
     axes = {"m": shared, "g": g, "x": b // shared, "s": s}
     out = rearrange(whole.out, "(m g) (x r s) c -> (m x) (g r) s c", **axes)
     return Partial(out, rearrange(whole.lse, "(m g) (x r s) -> (m x) (g r) s", **axes))
+
+
+def _has_kernel(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
+    """Whether `moe_triton.attention_over_cache` takes these, on a device where Triton works."""
+    if triton_obstacle(queries.device) is not None or keys.dtype not in KERNEL_DTYPES:
+        return False
+    fits = keys.shape == values.shape and keys.shape[-1] % 16 == 0 and keys.shape[-1] <= KERNEL_CHANNELS
+    return fits and scale > 0 and queries.dtype in (keys.dtype, torch.float32)
 
 
 def _parts(queries: Tensor, keys: Tensor, values: Tensor, common: int, block: int) -> Iterator[Partial]:
@@ -220,6 +237,11 @@ def _check(queries: Tensor, keys: Tensor, values: Tensor, block: int) -> None:
     if g == 0 or n % g:
         raise ValueError(
             f"{n} query heads cannot share {g} key heads evenly. Make one a multiple of the other."
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values)):
+        raise ValueError(
+            "streamed_attention has no gradients. Call it inside torch.no_grad(), or train with "
+            "moe.attention.attend or moe.windowed_attention."
         )
     if block < 1:
         raise ValueError(f"block={block} must be at least 1 key. Leave it out for the measured one.")

@@ -58,7 +58,7 @@ def _in_one_batch(
     keys, values = (rearrange(x, "b g j k c -> (b j) g k c") for x in copied)
     band = _band(block, block + window - 1, window, queries)
     if missing:
-        places = torch.arange(blocks * block, device=band.device)[::block, None]
+        places = block * torch.arange(blocks, device=band.device)[:, None]
         places = places + torch.arange(band.shape[1], device=band.device)
         band = band.masked_fill((places < missing)[:, None], -torch.inf)
         band = repeat(band, "j m k -> (b j) m k", b=b)

@@ -8,6 +8,7 @@ Axes: t tokens, k choices, p = t k pairs, e experts, d model width, h expert wid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from types import ModuleType
 from typing import get_args
 
@@ -354,3 +355,14 @@ def bytes_allocated(work: Callable[[], object]) -> int:
         work()
     events = profile.profiler.kineto_results.events()
     return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that the CPU allocator has handed out and not got back at any moment of `work`."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(accumulate(size for _, size in sorted(changes)))

@@ -11,7 +11,7 @@ import torch
 from benchmarks import gpu_needle, gpu_needle_parts, gpu_needle_tables, tables
 from benchmarks.gpu_needle_parts import Clock, OutOfTimeError, ask_about, read_strictly, tallies
 from benchmarks.gpu_needle_tables import RECALL_GOALS, STRICT_RECALL
-from benchmarks.gpu_needle_train import ROUND, STEPS, steps_within
+from benchmarks.gpu_needle_train import ROUND, steps_within
 from moe.probes.statistics import lower_bound
 
 MILLION, TEN_MILLION = 2**20, 10**7
@@ -34,9 +34,9 @@ def write_lines(folder: Path, files: int) -> Path:
 
 
 def test_steps_are_whole_intervals_that_fit_and_at_least_one():
-    assert steps_within(100.0, 0.05, STEPS) == 1800
-    assert steps_within(1000.0, 0.05, STEPS) == STEPS
-    assert steps_within(-3.0, 0.05, STEPS) == ROUND
+    assert steps_within(100.0, 0.05, 2400) == 1800
+    assert steps_within(1000.0, 0.05, 2430) == 2400
+    assert steps_within(-3.0, 0.05, 2400) == ROUND
 
 
 def test_what_takes_longer_than_is_left_does_not_begin_and_stops_in_the_middle():
@@ -224,6 +224,7 @@ def test_the_whole_benchmark_trains_asks_times_and_goes_on_after_a_part_that_fai
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(gpu_needle, "bytes_per_second", lambda device: 1e10)
+    monkeypatch.setattr(gpu_needle_parts, "chunk_of", lambda device: 512)  # texts in several pieces
     trained_on = write_lines(tmp_path / "train", 3)
     text = write_lines(tmp_path / "haystacks", 2)  # enough for recall-1M, too little for recall-10M
     settings = [*SMALL, f'data.folder="{trained_on}"', f'data.cache="{tmp_path / "cache"}"']

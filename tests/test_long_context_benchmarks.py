@@ -199,6 +199,21 @@ def test_what_would_take_minutes_is_left_out_by_its_time_at_a_shorter_length():
     assert again["skipped"] == cell["skipped"]
 
 
+def test_a_way_of_torch_s_that_takes_too_much_memory_is_left_out(monkeypatch):
+    right = long_context_attention.over_cache
+
+    def hungry() -> Tensor:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(long_context_attention, "over_cache", lambda *x: right(*x) | {BATCH: hungry})
+    cell = measure_over_cache(*cache_of(1), 2, 3, ONCE, [])
+    assert cell["skipped"] == {BATCH: "takes too much memory"} and set(cell["timings"]) == {
+        OURS,
+        ROWS,
+        SINGLE,
+    }
+
+
 # Reading and answering
 
 
@@ -384,6 +399,7 @@ def test_the_benchmark_prints_tables_and_writes_where_when_and_with_what(text, t
     monkeypatch.setattr(long_context, "why_absent", lambda: "is not compared here")
     monkeypatch.setattr(long_context, "gemm_flops_per_second", lambda device, dtype: 1e11)
     monkeypatch.setattr(long_context, "bytes_per_second", lambda device: 1e10)
+    monkeypatch.setattr(long_context_reading, "chunk_of", lambda device: 256)  # a text in several pieces
     for module in (long_context_experts, long_context_reading, long_context):
         monkeypatch.setattr(module, "Budget", lambda seconds, **others: ONCE)
     words = ["--lengths", "700", "--strict", "300", "--dtypes", "float32,bfloat16", "--seconds", "0"]

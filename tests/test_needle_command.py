@@ -56,9 +56,9 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(root) -> Path:
-    """A run that finds most needles: the preset, for a twentieth of its steps on a sixth of its length."""
+    """A run that finds most needles: the preset, for a few of its steps on a sixth of its length."""
     out = root / "tiny"
-    steps = ("train.steps=120", "train.log_every=60", "train.checkpoint_every=60")
+    steps = ("train.steps=100", "train.log_every=50", "train.checkpoint_every=50")
     assert main(["needle", "train", "--out", str(out), "--device", "cpu", *settings(root, *steps)]) == 0
     return out
 
@@ -97,13 +97,7 @@ def test_a_trained_run_finds_needles_and_the_control_does_not(root, run, capsys)
     ]
     assert sum(row.right for row in rows[:4]) >= 24 and sum(row.right for row in rows[4:]) <= 1
     assert (run / "needle_eval.png").read_bytes().startswith(b"\x89PNG")
-    for words in (
-        "tiny, 2k, haystack 1: ",
-        "tiny, 4k, shuffled values, haystack",
-        "| tiny ",
-        ">= ",
-        "written: ",
-    ):
+    for words in ("tiny, 2k, haystack 1: ", "tiny, 4k, shuffled values, haystack", "| tiny ", "written: "):
         assert words in output
     environment = NeedleRecord.load(run / "needle_eval.json").environment
     assert "cpu" in environment["device"] and environment["date"] in output
@@ -112,7 +106,7 @@ def test_a_trained_run_finds_needles_and_the_control_does_not(root, run, capsys)
 def test_batches_and_the_order_of_runs_change_no_answer(root, run, trained):
     opened = open_run(trained)
     questions = Questions(queries=8, haystacks=1, folder=root / "text")
-    haystack, _ = next(make_haystacks(opened, questions, 8192))
+    haystack, _ = next(make_haystacks(opened, questions, 4096))
     alone = ask(opened.model, haystack, batch=1)
     assert answer(opened.model, alone.prefill.cache, haystack.questions, batch=64) == alone.answers
     other = Path(shutil.copytree(run, run.parent / "other"))
@@ -145,21 +139,6 @@ def test_grid_has_lengths_of_its_own_and_a_file_of_its_own(root, run, tmp_path):
     assert (run / "needle_grid.png").exists()
 
 
-def test_several_needles_are_asked_for_by_a_command(root, run, capsys):
-    arguments = ("several", run, "--length", "8k", "--queries", "8", "--haystacks", "1", "--folder")
-    assert needle(*arguments, root / "text") == 0
-    data = json.loads((run / "needle_several.json").read_text())
-    results = [SeveralResult(**one) for one in data["results"]]
-    assert [(one.task, one.asked, one.run) for one in results] == [
-        ("multi-query", 8, "tiny"),
-        ("multi-value", 8, "tiny"),
-        ("hundred", 100, "tiny"),
-    ]
-    assert results[0].right + results[2].right > 40 and data["environment"]["versions"]["torch"]
-    output = capsys.readouterr().out
-    assert "tiny, 8k, haystack 1, hundred: " in output and "| multi-query |" in output
-
-
 def test_losses_by_context_are_measured_and_drawn_for_every_run(root, run, capsys):
     other = Path(shutil.copytree(run, run.parent / "other"))
     arguments = ("positions", run, other, "--length", "600", "--spots", "2", "--folder", root / "text")
@@ -180,6 +159,22 @@ def knowing(root: Path, monkeypatch) -> Run:
     run = oracle_run(root, 'needle.templates=["key_value", "sentence", "definition"]')
     monkeypatch.setattr("moe.train.runs.open_run", lambda folder, **_: replace(run, folder=folder))
     return run
+
+
+def test_several_needles_are_asked_for_by_a_command(root, tmp_path, monkeypatch, capsys):
+    run = knowing(tmp_path, monkeypatch)
+    arguments = ("several", run.folder, "--length", "8k", "--queries", "8", "--haystacks", "1")
+    assert needle(*arguments, "--folder", root / "text") == 0
+    data = json.loads((run.folder / "needle_several.json").read_text())
+    results = [SeveralResult(**one) for one in data["results"]]
+    assert [(one.task, one.right, one.asked, one.run) for one in results] == [
+        ("multi-query", 8, 8, "oracle"),
+        ("multi-value", 8, 8, "oracle"),
+        ("hundred", 100, 100, "oracle"),
+    ]
+    assert data["environment"]["versions"]["torch"]
+    output = capsys.readouterr().out
+    assert "oracle, 8k, haystack 1, hundred: 100/100 right" in output and "| multi-query |" in output
 
 
 def test_functions_of_a_package_are_asked_for_by_a_command(tmp_path, monkeypatch, capsys):
@@ -308,7 +303,7 @@ def test_a_text_that_is_too_short_is_refused_unless_it_may_be_repeated(run, tmp_
     folder = write_text(tmp_path / "short", files=1, lines=20)
     before = files(run)
     for action in ("eval", "several", "positions"):
-        assert needle(action, run, "--length", "4k", "--folder", folder, "--needles", 8) == 2
+        assert needle(action, run, "--length", "4k", "--folder", folder) == 2
         assert "repeat" in capsys.readouterr().err
     assert files(run) == before
     assert needle("eval", run, "--length", "4k", "--folder", folder, *FEW, "--repeat") == 0
@@ -371,12 +366,16 @@ def test_a_bar_is_drawn_over_itself_and_only_on_a_terminal(monkeypatch):
     bar(65_536, 65_536, 8.0)
     first, last = terminal.getvalue().split("\r")[1:]
     assert first.rstrip() == (
-        "tiny, 64k: read [#######-----------------------] 16,384/65,536 bytes, 8,192 a second, 6 s left"
+        "tiny, 64k: read [#######-----------------------] 16,384/65,536 bytes, 8,192/s, 6 s left"
     )
     assert last.endswith("\n") and "#" * 30 in last and "0 s left" in last
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
-    bar(1, 65_536, 1.0)
-    assert len(terminal.getvalue().split("\r")[-1]) == 39
+    for columns, width in ((100, 30), (70, 16), (50, 5), (10, 0)):  # figures before the bar, and all else
+        monkeypatch.setattr(
+            shutil, "get_terminal_size", lambda columns=columns: os.terminal_size((columns, 9))
+        )
+        bar(0, 65_536, 1.0)
+        line = terminal.getvalue().split("\r")[-1]
+        assert len(line) == columns - 1 and line.count("-") == width
     monkeypatch.setattr(sys, "stderr", plain := io.StringIO())
     bar(1, 65_536, 1.0)
     assert plain.getvalue() == ""
@@ -389,9 +388,7 @@ def test_bars_and_lines_say_what_they_are_about(monkeypatch):
     watch.answering(2, 4, 1.0)
     watch.spots(2, 4, 1.0)
     watch.log("haystack 1")
-    assert (
-        "tiny, 64k: answered [" in terminal.getvalue() and "2/4 questions, 2 a second" in terminal.getvalue()
-    )
+    assert "tiny, 64k: answered [" in terminal.getvalue() and "2/4 questions, 2/s" in terminal.getvalue()
     assert "2/4 spots" in terminal.getvalue() and lines == ["tiny, 64k, haystack 1"]
 
 
@@ -431,38 +428,40 @@ START = (
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a terminal as POSIX has them")
 def test_ctrl_c_during_a_long_prefill_ends_at_once_and_writes_nothing(root, run):
-    words = [
-        "needle",
-        "eval",
-        run,
-        "--length",
-        "1M",
-        "--folder",
-        root / "text",
-        "--repeat",
-        "--needles",
-        "16",
-    ]
-    words += ["--queries", "2", "--haystacks", "1", "--dtype", "bfloat16"]
+    words = ["needle", "eval", run, "--length", "1M", "--folder", root / "text", "--repeat"]
+    words += ["--needles", "16", "--queries", "2", "--haystacks", "1", "--dtype", "bfloat16"]
     before = files(run)
     terminal, end = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", START, *map(str, words)],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=end,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     os.close(end)
-    shown = b""
-    while b"a second" not in shown:
-        shown += os.read(terminal, 1000)
-    process.send_signal(signal.SIGINT)
-    while b"interrupted" not in shown:
-        shown += os.read(terminal, 1000)
-    assert process.wait(timeout=120) == 130
-    os.close(terminal)
+    try:
+        shown = read_until(terminal, b" s left")
+        process.send_signal(signal.SIGINT)
+        shown += read_until(terminal, b"interrupted")
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
     assert b"1,048,576 bytes" in shown and b"Traceback" not in shown and b"continue with" not in shown
     assert files(run) == before
+
+
+def read_until(terminal: int, words: bytes) -> bytes:
+    """What a process writes until it has written these words, or has ended."""
+    shown = b""
+    while words not in shown:
+        try:
+            shown += os.read(terminal, 1000)
+        except OSError:  # how Linux says that nobody holds the other end any more
+            break
+    assert words in shown, shown.decode(errors="replace")
+    return shown
 
 
 def test_every_action_explains_itself(capsys):

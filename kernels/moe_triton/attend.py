@@ -5,8 +5,7 @@ query heads that share a key head, n = g r, and the sequences where they share a
 ((s b r) c) for a head of keys; position by position, so that the rows of a tile see nearly the same keys.
 
 Each program walks over keys and keeps, for its rows, the largest logit so far, the sum of the weights
-relative to it and the weighted sum of the values (online softmax, 1805.02867; 2205.14135). The results of
-parts of the keys are merged by their lse (flash decoding).
+relative to it and the weighted sum of the values (online softmax, 1805.02867; 2205.14135).
 """
 
 # In kernel bodies types are Triton's.
@@ -15,20 +14,18 @@ parts of the keys are merged by their lse (flash decoding).
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_schedule import Schedule, choose_schedule
-from .launch import ceil_div, launch, power_of_2, target_of
-from .tiles import can_describe, dot, has_descriptors
+from .attention_schedule import Schedule
+from .launch import ceil_div, launch, power_of_2
+from .tiles import dot
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(float("-inf"))  # the lse of no keys
 VARYING = ["M", "S", "L", "FIRST", "SHARED", "TILES", "PARTS", "START", "PART_KEYS", "END", "OUT_ROWS"]
-MERGED_NUMBERS = 4096  # of a program's tile: 32 a thread, all on their way at once
 
 
 @triton.jit
@@ -155,74 +152,7 @@ def attend_kernel(
     tl.store(lse_ptr + row, (top + tl.log2(total)) * LN_2, mask=rows < M)
 
 
-@triton.jit(do_not_specialize=["OUT_ROWS", "PARTS"])
-def merge_kernel(
-    parts_ptr, part_lse_ptr, out_ptr, lse_ptr,  # (parts b n s c), (parts b n s), (b n s c), (b n s)
-    OUT_ROWS, C, PARTS, ADD: tl.constexpr, SOME: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """out = sum over parts of exp(lse - lse of all) part, of one row; in the order of the parts.
-
-    ADD: what out and lse hold is the first part.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    channels = tl.arange(0, CHANNELS)
-    top, total = tl.full((), NOTHING, tl.float32), tl.zeros((), tl.float32)
-    acc = tl.zeros((CHANNELS,), tl.float32)
-    if ADD:
-        top = tl.load(lse_ptr + row)
-        total = tl.where(top == NOTHING, 0.0, 1.0)
-        acc = tl.load(out_ptr + row * C + channels, mask=channels < C, other=0.0)
-    for first in range(0, PARTS, SOME):
-        parts = first + tl.arange(0, SOME)
-        rows = parts.to(tl.int64) * OUT_ROWS + row
-        lse = tl.load(part_lse_ptr + rows, mask=parts < PARTS, other=NOTHING)
-        exists = (parts < PARTS)[:, None] & (channels < C)[None, :]
-        part = tl.load(parts_ptr + rows[:, None] * C + channels[None, :], mask=exists, other=0.0)
-        new = tl.maximum(top, tl.max(lse, 0))
-        base = finite(new)
-        weights, fade = tl.exp2((lse - base) * LOG2_E), tl.exp2((top - base) * LOG2_E)
-        acc = acc * fade + tl.sum(weights[:, None] * part, 0)
-        top, total = new, total * fade + tl.sum(weights, 0)
-    tl.store(out_ptr + row * C + channels, over(acc, total), mask=channels < C)
-    tl.store(lse_ptr + row, top + tl.log2(total) * LN_2)
-
-
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, first: int | None
-) -> tuple[Tensor, Tensor]:
-    """out (b n s c) and lse (b n s) in float32; query i of s sees keys 0 to first + i, or all of them.
-
-    keys and values (1 g l c): all sequences share them.
-    """
-    b, n, s, c = queries.shape
-    out = queries.new_empty(b, n, s, c, dtype=torch.float32)
-    lse = queries.new_empty(b, n, s, dtype=torch.float32)
-    seen = keys.shape[2] if first is None else max(0, min(keys.shape[2], first + s))
-    if seen == 0 or lse.numel() == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    keys, values = keys[:, :, :seen], values[:, :, :seen]
-    if b > 1 and keys.stride(0) == values.stride(0) == 0:  # expanded: one cache
-        keys, values = keys[:1], values[:1]
-    queries = queries.to(keys.dtype)
-    first = None if first is None or first >= seen - 1 else first
-    heads = keys.shape[0] * keys.shape[1]
-    aligned = can_describe(keys) and can_describe(values)
-    tma = aligned and keys.element_size() == 2 and has_descriptors(keys.device)
-    target, rows = target_of(keys.device), b * n * s // heads
-    schedule = choose_schedule(target, keys.dtype, rows, heads, seen, c, aligned=aligned)
-    parts, step = schedule.splits, schedule.splits * schedule.pass_keys
-    if seen <= schedule.pass_keys and parts == 1:
-        _attend(queries, keys, values, out, lse, scale, first, schedule, 0, seen, tma=tma)
-        return out, lse
-    part_out, part_lse = out.new_empty(parts, *out.shape), lse.new_empty(parts, *lse.shape)
-    for start in range(0, seen, step):
-        end = min(start + step, seen)
-        _attend(queries, keys, values, part_out, part_lse, scale, first, schedule, start, end, tma=tma)
-        _merge(part_out, part_lse, out, lse, schedule.parts(end - start), add=start > 0)
-    return out, lse
-
-
-def _attend(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -277,24 +207,6 @@ def _attend(
         attend_kernel, (tiles * parts * sequences * g,), arguments,
         num_warps=schedule.num_warps, num_stages=schedule.num_stages,
     )  # fmt: skip
-
-
-def _merge(part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, parts: int, *, add: bool) -> None:
-    c = out.shape[-1]
-    channels = max(16, power_of_2(c))
-    arguments = {
-        "parts_ptr": part_out,
-        "part_lse_ptr": part_lse,
-        "out_ptr": out,
-        "lse_ptr": lse,
-        "OUT_ROWS": lse.numel(),
-        "C": c,
-        "PARTS": parts,
-        "ADD": add,
-        "SOME": MERGED_NUMBERS // channels,
-        "CHANNELS": channels,
-    }
-    launch(merge_kernel, (lse.numel(),), arguments)
 
 
 def _described(cache: Tensor, block: list[int]) -> TensorDescriptor:

@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .attend import attend
+from .attention_schedule import choose_schedule
 from .checks import check_attention
-from .launch import is_plain
+from .launch import is_plain, target_of
+from .merge_parts import merge_parts
+from .tiles import can_describe, has_descriptors
 
 
 def attention_over_cache(
@@ -27,8 +30,8 @@ def attention_over_cache(
     queries: of the same dtype, or float32, and then rounded to it once.
     first: query i sees keys j <= first + i (with first = l - s the last one sees all); None: every key.
 
-    Used by `moe.streamed_attention` on a GPU. It is no operation of a MoE layer, and has no gradients: training
-    has no cache to answer over.
+    Used by `moe.streamed_attention` on a GPU. It is no operation of a MoE layer, and has no gradients:
+    training has no cache to answer over.
 
     float32 is multiplied in float32, also where torch's own products may use tf32, which would shift a logit
     of 90 by 0.05. The same inputs give the same bits.
@@ -44,15 +47,50 @@ def attention_over_cache(
             "torch.nn.functional.scaled_dot_product_attention."
         )
     if is_plain(queries, keys, values) and not is_in_torch_dispatch_mode():
-        return attend(queries, keys, values, scale, first)
+        return in_parts(queries, keys, values, scale, first)
     return _attention_over_cache(queries, keys, values, scale, first)
+
+
+def in_parts(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, first: int | None
+) -> tuple[Tensor, Tensor]:
+    """out (b n s c) and lse (b n s) in float32; query i of s sees keys 0 to first + i, or all of them.
+
+    keys and values (1 g l c): all sequences share them.
+    """
+    b, n, s, c = queries.shape
+    out = queries.new_empty(b, n, s, c, dtype=torch.float32)
+    lse = queries.new_empty(b, n, s, dtype=torch.float32)
+    seen = keys.shape[2] if first is None else max(0, min(keys.shape[2], first + s))
+    if seen == 0 or lse.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    keys, values = keys[:, :, :seen], values[:, :, :seen]
+    if b > 1 and keys.stride(0) == values.stride(0) == 0:  # expanded: one cache
+        keys, values = keys[:1], values[:1]
+    queries = queries.to(keys.dtype)
+    first = None if first is None or first >= seen - 1 else first
+    heads = keys.shape[0] * keys.shape[1]
+    aligned = can_describe(keys) and can_describe(values)
+    tma = aligned and keys.element_size() == 2 and has_descriptors(keys.device)
+    target, rows = target_of(keys.device), b * n * s // heads
+    schedule = choose_schedule(target, keys.dtype, rows, heads, seen, c, aligned=aligned)
+    parts, step = schedule.splits, schedule.splits * schedule.pass_keys
+    if seen <= schedule.pass_keys and parts == 1:
+        attend(queries, keys, values, out, lse, scale, first, schedule, 0, seen, tma=tma)
+        return out, lse
+    part_out, part_lse = out.new_empty(parts, *out.shape), lse.new_empty(parts, *lse.shape)
+    for start in range(0, seen, step):
+        end = min(start + step, seen)
+        attend(queries, keys, values, part_out, part_lse, scale, first, schedule, start, end, tma=tma)
+        merge_parts(part_out, part_lse, out, lse, schedule.parts(end - start), add=start > 0)
+    return out, lse
 
 
 @torch.library.custom_op("moe_triton::attention_over_cache", mutates_args=())
 def _attention_over_cache(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, first: int | None
 ) -> tuple[Tensor, Tensor]:
-    return attend(queries, keys, values, scale, first)
+    return in_parts(queries, keys, values, scale, first)
 
 
 @_attention_over_cache.register_fake

@@ -13,13 +13,11 @@ import torch
 
 from .launch import Target, ceil_div
 
-# The matrix units of NVIDIA's GPUs cut off what does not fit into a sum of 24 bits, and always towards zero: n
-# steps of 16 keys lose up to n 2⁻²⁵ of an even sum, here 0.02 %. Longer sums are made of sums in float32.
+# NVIDIA's matrix units cut a sum off after 24 bits, always towards zero: over n steps of 16 keys of equal
+# weight up to n 2⁻²⁵ of it is lost, here 0.02 %. Longer sums are sums of such, added up with rounding.
 PASS_KEYS = 1 << 17
 FEWEST_STEPS = 4  # of a part, or its start and its end would be most of it
-MOST_WAVES = (
-    8  # times that all programs at once fill the device, from where on a last, half-empty one is cheap
-)
+MOST_WAVES = 8  # one after the other; beyond, a last one that is half empty costs little
 ENOUGH = 0.9  # of the device at work, on average over the waves
 WORKSPACE = 256 << 20  # bytes that the results of all parts may take
 
@@ -29,7 +27,8 @@ class Schedule:
     """A tile, and the parts.
 
     rows, keys  query rows of a program, keys of a step of its loop
-    programs    that a multiprocessor holds at once, by registers and shared memory; benchmarks.compiled checks it
+    programs    that a multiprocessor holds at once, by registers and shared memory; benchmarks.compiled
+                checks it
     splits      parts of the keys; 1: each program walks over all keys
     pass_keys   the most keys that a program sums up; more keys than that times splits take several launches
     """
@@ -109,7 +108,7 @@ def override(schedule: Schedule) -> Iterator[None]:
 def tiles_of(
     target: Target, dtype: torch.dtype, channels: int, *, aligned: bool = True
 ) -> tuple[Schedule, ...]:
-    """The tiles for caches of this dtype and so many channels; aligned: the accelerator could address them."""
+    """The tiles for caches of this dtype and so many channels, aligned (`tiles.can_describe`) or not."""
     if target.kind == "cpu":
         table = INTERPRETED
     elif dtype == torch.float32:

@@ -98,8 +98,8 @@ def check_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float)
         )
     if max(l, l + s, b * n * s) >= MOST_PLACES:
         raise ValueError(
-            f"{l} keys and {b} x {n} x {s} query rows: fewer than 2^30 of each are taken. Cut them into parts; "
-            f"parts of the keys are merged by their lse."
+            f"{l} keys and {b} x {n} x {s} query rows: fewer than 2^30 of each are taken. Cut them into "
+            f"parts; those of the keys are merged by their lse."
         )
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale={scale} must be a positive number; flip the sign of the queries instead.")
