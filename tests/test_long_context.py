@@ -186,6 +186,19 @@ def test_prompts_padded_on_either_side_go_on_as_if_each_were_alone(name, places)
             )
 
 
+@pytest.mark.parametrize("name", ["window", "window in some layers", "sinks and windows"])
+def test_a_window_over_padding_on_the_right_is_that_of_one_pass_over_all(name):
+    decoder, ids = drawn(name), tokens(3, 12)
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[0, 5:8], mask[1, 2:8] = False, False  # the prompts are 8 places, padding included
+    cache = KVCache()
+    with torch.no_grad():
+        decoder.hidden(ids[:, :8], mask=mask[:, :8], cache=cache, at=0)
+        parts = [decoder(piece, cache=cache).logits for piece in ids[:, 8:].split([1, 3], dim=1)]
+        whole = decoder(ids, mask=mask).logits[:, 8:]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
 # Precision, compilation, initialisation
 
 TRAINED = ["long context", "long context of one key head", "long context of experts"]
