@@ -46,17 +46,24 @@ def test_the_python_of_the_readme_runs(tmp_path):
 
 @pytest.mark.parametrize("text", TEXTS, ids=names)
 def test_every_command_exists(text, capsys):
-    """`sparse-moe <command> --<option>`: the help of the command knows both."""
+    """`sparse-moe <command> [<action>] --<option>`: the help knows all of them."""
     commands = re.findall(
         r"(?:sparse-moe|python -m moe) ([a-z]+)([^\n`|]*)", text.read_text(encoding="utf-8")
     )
     for command, rest in commands:
-        with pytest.raises(SystemExit) as left:
-            main([command, "--help"])
-        assert left.value.code == 0, f"there is no sparse-moe {command}"
-        known = capsys.readouterr().out
+        known = help_of(capsys, command)
+        action = rest.split()[0] if rest.split() else ""
+        if action.isalpha() and re.search(rf"^ +{action}\b", known, re.MULTILINE):
+            known = help_of(capsys, command, action)
         for option in re.findall(r"(?<= )--[a-z][a-z-]*", rest):
-            assert option in known, f"sparse-moe {command} has no {option}"
+            assert option in known, f"sparse-moe {command} {action} has no {option}"
+
+
+def help_of(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--help"])
+    assert left.value.code == 0, f"there is no sparse-moe {' '.join(words)}"
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=names)
