@@ -369,11 +369,11 @@ def test_a_bar_is_drawn_over_itself_and_only_on_a_terminal(monkeypatch):
         "tiny, 64k: read [#######-----------------------] 16,384/65,536 bytes, 8,192/s, 6 s left"
     )
     assert last.endswith("\n") and "#" * 30 in last and "0 s left" in last
-    for columns, width in ((100, 30), (70, 16), (50, 5), (10, 0)):  # figures before the bar, and all else
+    for columns, width in ((100, 30), (70, 17), (50, 5), (10, 0)):  # figures before the bar, and all else
         monkeypatch.setattr(
             shutil, "get_terminal_size", lambda columns=columns: os.terminal_size((columns, 9))
         )
-        bar(0, 65_536, 1.0)
+        bar(1, 65_536, 1.0)
         line = terminal.getvalue().split("\r")[-1]
         assert len(line) == columns - 1 and line.count("-") == width
     monkeypatch.setattr(sys, "stderr", plain := io.StringIO())

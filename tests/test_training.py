@@ -130,7 +130,7 @@ def test_a_uniform_model_needs_eight_bits_a_byte_and_pays_for_ends_of_text(tmp_p
 
 def test_a_small_evaluation_is_spread_over_the_large_one(tmp_path):
     trainer = make_trainer(tmp_path)
-    windows = trainer.windows
+    windows = trainer.task.windows
     few = evaluate(trainer.model, windows, ByteTokenizer(), max_tokens=64, spread_over=32 * 8)
     each = [
         trainer.model.loss(*windows.take(np.array([i]))).cross_entropy.item()
@@ -375,7 +375,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
 def test_compiled_training_takes_the_same_step(tmp_path):
     plain, compiled = make_trainer(tmp_path), make_trainer(tmp_path)
-    compiled.loss = torch.compile(compiled.model.loss, backend="aot_eager")
+    compiled.loss = torch.compile(compiled.task.loss, backend="aot_eager")
     plain.step(), compiled.step()
     assert compiled.meter.read()["loss"] == pytest.approx(plain.meter.read()["loss"], rel=1e-5)
 
