@@ -79,6 +79,8 @@ def recorded_calls():
         moe_triton.grouped_linear_grad_rows(grad, problem.up_proj, problem.plan.offsets)
         moe_triton.grouped_linear_grad_weight(grad, rows, problem.plan.offsets)
         moe_triton.grouped_linear_grad_weight(grad, rows, problem.plan.offsets, out=main)
+        cache = torch.randn(1, 2, 7, 16, device=DEVICE)
+        moe_triton.attention_over_cache(torch.randn(2, 4, 3, 16, device=DEVICE), cache, cache + 1, 0.3)
     return recorder.calls
 
 
@@ -99,7 +101,8 @@ def test_custom_operators_keep_their_promises_to_torch(name):
     calls = recorded_calls()
     assert name in calls, "an operator that neither level uses, or that hides from dispatch"
     func, args, kwargs = calls[name]
-    requires_grad = "_backward" not in name and "_grad" not in name  # no gradient of a gradient is offered
+    # No gradient of a gradient is offered, and none of attention over a cache
+    requires_grad = not any(word in name for word in ("_backward", "_grad", "attention_over_cache"))
     args = [fresh(value, requires_grad) for value in args]
     torch.library.opcheck(func, args, {key: fresh(value, requires_grad) for key, value in kwargs.items()})
 
