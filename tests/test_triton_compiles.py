@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 
 import pytest
 
@@ -21,10 +22,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import compiled, sass
 from benchmarks.compiled_report import complaints, examine, has_tools, resident
-from benchmarks.launch_cases import SMALL, calls, collect, covers, layer, layers, level_one, meta, sizes
+from benchmarks.launch_cases import (
+    ATTENTION_CHANNELS,
+    SMALL,
+    calls,
+    collect,
+    covers,
+    layer,
+    layers,
+    level_one,
+    meta,
+    sizes,
+)
 from benchmarks.launches import TARGETS, describe, recorded
 from benchmarks.shapes import SHAPES
 from moe_triton import grouped_linear
+from moe_triton.attention import in_parts
+from moe_triton.attention_schedule import tiles_of
 from moe_triton.config import PASSES, RELATIVES, TABLES, Config, choose_config, override, read_table
 from moe_triton.launch import INTERPRETED, Target, pretend
 from moe_triton.routing import sort_pairs
@@ -33,6 +47,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: interpr
 needs_tools = pytest.mark.skipif(not has_tools(), reason="this Triton has no ptxas, cuobjdump and nvdisasm")
 
 HOPPER = TARGETS["sm_90"]
+ATTENTION = [f"attention, {channels} channels" for channels in (64, 96, 128, 256)]
 GEMMS = {"up", "linear", "grad_pre", "grad_weight"}
 
 
@@ -59,7 +74,8 @@ def test_kernels_keep_their_registers_and_use_the_matrix_units(name, call):
         if (found := complaints(report, target))
     ]
     assert not bad, "\n" + "\n".join(map(str, bad))
-    if name in ("sm_90", "sm_100") and call in layers(sizes(target)):
+    is_aligned = call in layers(sizes(target)) or call in ATTENTION
+    if name in ("sm_90", "sm_100") and is_aligned:
         assert all("TMA" in report.loads for report in reports if report.half)
 
 
@@ -67,6 +83,7 @@ def test_kernels_keep_their_registers_and_use_the_matrix_units(name, call):
 def test_the_calls_reach_every_kernel_and_every_row_of_the_table(name):
     kernels = {one.kernel.removesuffix("_kernel") for found in collected(name).values() for one in found}
     assert kernels >= GEMMS | {"sum", "weight_grads", "tile_map", "sort_few", "count", "place"}
+    assert kernels >= {"attend", "merge"}
     assert [row for row in read_table(TABLES / f"{name}.json") if not covers(row, TARGETS[name])] == []
 
 
@@ -137,6 +154,32 @@ def test_the_number_of_tokens_alone_compiles_no_kernel_anew(name, counts):
                 now.setdefault(schedule, set()).add(one.key)
         for schedule, keys in now.items():
             assert keys <= first.setdefault(schedule, keys), f"{tokens} tokens: {schedule[:2]}"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_tile_of_attention_is_compiled(name):
+    """Those of float32, and of caches that the accelerator cannot address, on sm_90 alone."""
+    target = TARGETS[name]
+    launches = [one for found in collected(name).values() for one in found if one.kernel == "attend_kernel"]
+    seen = {(*map(dict(one.constants).get, ("CHANNELS", "ROWS", "KEYS")), one.num_warps) for one in launches}
+    kinds = [(torch.bfloat16, True)]
+    kinds += [(torch.float32, True), (torch.bfloat16, False)] if name == "sm_90" else []
+    for channels, (dtype, aligned) in product(ATTENTION_CHANNELS, kinds):
+        for tile in tiles_of(target, dtype, channels, aligned=aligned):
+            assert (channels, tile.rows, tile.keys, tile.num_warps) in seen
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_a_longer_cache_or_another_number_of_queries_compiles_no_kernel_anew(name):
+    first: dict[object, set[object]] = {}
+    buffer = meta(1, 2, 5000, 64)
+    for length, queries, causal in product((999, 1000, 1008, 1024), (1, 2, 16, 17), (False, True)):
+        cache = buffer[:, :, :length]
+        with recorded("attention", TARGETS[name]) as launches:
+            in_parts(meta(2, 4, queries, 64), cache, cache, 1.0, length - queries - 1 if causal else None)
+        for one in launches:
+            first.setdefault((one.kernel, repr(one.constants), one.num_warps), set()).add(one.key)
+    assert all(len(keys) == 1 for keys in first.values())
 
 
 def test_a_user_without_a_gpu_is_told_the_ways_out():
