@@ -180,7 +180,8 @@ def _counted_on_by_attention(launch: Launch, target: Target) -> int:
     dtype = torch.float32 if types["q_ptr"] == "*fp32" else torch.bfloat16
     schedule = [constants["ROWS"], constants["KEYS"], launch.num_warps, launch.num_stages]
     tiles = [t for a in (True, False) for t in tiles_of(target, dtype, constants["CHANNELS"], aligned=a)]
-    return max(t.programs for t in tiles if [t.rows, t.keys, t.num_warps, t.num_stages] == schedule)
+    same = [t for t in tiles if [t.rows, t.keys, t.num_warps, t.num_stages] == schedule]
+    return max((tile.programs for tile in same), default=1)
 
 
 def _up_to(unit: int, number: int) -> int:

@@ -137,6 +137,11 @@ def choose_schedule(
         return _override[-1]
     tiles = tiles_of(target, dtype, channels, aligned=aligned)
     tile = next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
+    return cut(tile, target, rows, heads, keys, channels)
+
+
+def cut(tile: Schedule, target: Target, rows: int, heads: int, keys: int, channels: int) -> Schedule:
+    """The tile, with as many parts of the keys as fill the device."""
     programs = ceil_div(rows, tile.rows) * heads
     splits = _splits_that_fill(target.units * tile.programs, programs)
     most = min(keys // (FEWEST_STEPS * tile.keys), WORKSPACE // (rows * heads * channels * 4))
