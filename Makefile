@@ -32,10 +32,10 @@ TEXT ?=
 PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu bench-gpu-needle kernel-package clean FORCE
+.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu bench-gpu-attention bench-gpu-needle kernel-package clean FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-19s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## install, then train a small model on real text and show what it learnt
 	@if [ -e $(RUN) ]; then echo "$(RUN) exists: going on with it. To train anew: rm -r $(RUN), or make demo RUN=runs/another"; fi
@@ -76,6 +76,9 @@ bench: $(VENV)/.train ## the benchmark tables of benchmarks/, quick settings
 
 bench-gpu: ## the benchmark tables of the kernels on a CUDA device, records to RESULTS=folder; installs nothing
 	$(GPU_PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
+
+bench-gpu-attention: ## attention over a long cache on a CUDA device, beside torch's; installs nothing
+	$(GPU_PYTHON) -m benchmarks.gpu_attention --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 
 bench-gpu-needle: ## needles in 1 and 10 million tokens on a CUDA device; RUN=folder asks a trained run; installs nothing
 	$(GPU_PYTHON) -m benchmarks.gpu_needle --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) \

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    gpu_attention_tables,
     gpu_needle_tables,
     gpu_tables,
     hf,
@@ -30,6 +31,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_tables.render,
     "scaling_full": scaling_tables.render,
     "gpu": gpu_tables.render,
+    "gpu_attention": gpu_attention_tables.render,
     "gpu_needle": gpu_needle_tables.render,
     "long_context": long_context_tables.render,
     "hf": hf.render,

@@ -20,6 +20,8 @@ def attention_over_cache(
 ) -> tuple[Tensor, Tensor]:
     """queries (b n s c), keys and values (b g l c) or (1 g l c) -> out (b n s c), lse (b n s), in float32.
 
+    Reference: moe.ops.reference.attention.
+
     out = softmax(scale q kᵀ) v and lse = log of the sum of exp(scale q kᵀ), in the order of one softmax over
     all keys whatever their number: results over several caches can be merged by their lse. Where there is no
     key to see, out is 0 and lse is -inf.
@@ -37,7 +39,8 @@ def attention_over_cache(
     of 90 by 0.05. The same inputs give the same bits.
 
     Raises:
-        ValueError: shapes, dtypes, devices or a scale that do not fit together, or over 256 channels.
+        ValueError: shapes, dtypes or devices that do not fit together, a scale that is not positive, channels
+            that are no multiple of 16 up to 256.
         NotImplementedError: a gradient is asked for.
     """
     check_attention(queries, keys, values, scale)
