@@ -37,6 +37,8 @@ SIZES = {
     "all queries see all": Sizes(first=100),
     "nobody sees the last keys": Sizes(s=3, l=40, first=14),
     "the first queries see nothing": Sizes(s=9, l=40, first=-4),
+    "two queries at the end": Sizes(s=2, l=33, first=31),
+    "nothing to see for some in each pass": Sizes(b=1, s=45, l=45, first=-4),
     "causal, caches for each sequence": Sizes(s=11, l=20, caches=2, n=4, g=2, first=9),
     "causal, parts of a position in each tile": Sizes(b=3, s=7, l=40, n=4, first=33),
 }
