@@ -36,7 +36,8 @@ Attend = Callable[[], Tensor]
 def over_cache(queries: Tensor, keys: Tensor, values: Tensor) -> dict[str, Attend]:
     """Queries (b n 1 c) float32 to all keys (1 g l c): each candidate gives (b n 1 c).
 
-    Torch's attention has queries of the cache's dtype; ours keeps them as they are. Without a copy of the
+    Torch's attention has queries of the cache's dtype; ours on a CPU keeps them as they are, and our kernel
+    on a GPU rounds them. Without a copy of the
     keys, a batch is only possible for one key head.
     """
     b, n, _, _ = queries.shape
