@@ -286,8 +286,7 @@ def test_nan_in_any_step_is_found_with_the_last_token(dense, monkeypatch):
 
 
 def test_steps_that_need_the_one_before_are_looked_at():
-    cuda = torch.device("cuda")
-    assert not Sampling(max_new_tokens=2, temperature=0.0).must_look(cuda)
-    for options in ({"temperature": 1.0}, {"temperature": 0.0, "stop": 3}):
-        assert Sampling(max_new_tokens=2, **options).must_look(cuda)
-    assert Sampling(max_new_tokens=2, temperature=0.0).must_look(torch.device("cpu"))
+    greedy, cuda = Sampling(max_new_tokens=2, temperature=0.0), torch.device("cuda")
+    assert not greedy.must_look(cuda) and greedy.must_look(torch.device("cpu"))
+    assert Sampling(max_new_tokens=2, temperature=1.0).must_look(cuda)
+    assert Sampling(max_new_tokens=2, temperature=0.0, stop=3).must_look(cuda)
