@@ -249,34 +249,44 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_greedy_continuation_on_a_gpu_is_waited_for_as_often_however_long_it_is(monkeypatch):
-    monkeypatch.setattr(Sampling, "must_look", lambda self, device: False)  # as on a GPU
-    dense = Decoder(
+@pytest.fixture
+def dense(monkeypatch) -> Decoder:
+    """Generates as on a GPU; without experts, which on a CPU look at how many pairs they have."""
+    monkeypatch.setattr(Sampling, "must_look", lambda self, device: False)
+    return Decoder(
         DecoderConfig(
             vocab_size=13,
             hidden_size=16,
             num_hidden_layers=2,
             num_attention_heads=2,
-            num_experts=0,  # experts look at how many pairs they have; on a GPU they do not
+            num_experts=0,
             intermediate_size=16,
         )
     )
 
+
+def test_a_greedy_continuation_on_a_gpu_is_waited_for_as_often_however_long_it_is(dense, monkeypatch):
     def reads(tokens: int) -> int:
-        with _Reads() as mode:
+        lists = []
+        with _Reads() as mode, monkeypatch.context() as patch:
+            tolist = Tensor.tolist
+            patch.setattr(Tensor, "tolist", lambda self: (lists.append(self), tolist(self))[1])
             dense.generate(PROMPT, max_new_tokens=tokens, temperature=0.0)
-        return mode.count
+        return mode.count + len(lists)
 
     assert reads(12) == reads(2) > 0
-    with torch.no_grad():
-        dense.model.norm.weight.fill_(math.nan)
+
+
+def test_nan_in_any_step_is_found_with_the_last_token(dense, monkeypatch):
+    logits = [torch.zeros(2, 13), torch.full((2, 13), math.nan), torch.zeros(2, 13)]
+    monkeypatch.setattr(Decoder, "logits", lambda self, hidden: logits.pop(0))
     with pytest.raises(FloatingPointError, match="NaN"):
         dense.generate(PROMPT, max_new_tokens=3, temperature=0.0)
+    assert not logits
 
 
 def test_steps_that_need_the_one_before_are_looked_at():
-    cuda = torch.device("cuda")
-    assert not Sampling(max_new_tokens=2, temperature=0.0).must_look(cuda)
-    for options in ({"temperature": 1.0}, {"temperature": 0.0, "stop": 3}):
-        assert Sampling(max_new_tokens=2, **options).must_look(cuda)
-    assert Sampling(max_new_tokens=2, temperature=0.0).must_look(torch.device("cpu"))
+    greedy, cuda = Sampling(max_new_tokens=2, temperature=0.0), torch.device("cuda")
+    assert not greedy.must_look(cuda) and greedy.must_look(torch.device("cpu"))
+    assert Sampling(max_new_tokens=2, temperature=1.0).must_look(cuda)
+    assert Sampling(max_new_tokens=2, temperature=0.0, stop=3).must_look(cuda)

@@ -261,6 +261,7 @@ def test_lengths_are_bytes_with_k_and_m():
         ("--length -5k", "'-5k' is no length"),
         ("--length 1.5M", "'1.5M' is no length"),
         ("--length 2k,,4k", "'' is no length"),
+        ("--length 2k,1000M", "1000000000"),  # refused before the first length is measured
         ("--length 2k --queries 0", "queries=0 must be at least 1"),
         ("--length 2k --queries -3", "queries=-3 must be at least 1"),
         ("--length 2k --haystacks 0", "haystacks=0 must be at least 1"),

@@ -162,6 +162,7 @@ class Parrot(Oracle):
     """Expects the byte that it just read once more, and more firmly after a longer context."""
 
     def model(self, ids, mask, cache, at):
+        assert cache is not None
         before = cache.length
         cache.append(0, ids[:, None, :, None].float())
         cache.advance(ids.shape[1], None)
