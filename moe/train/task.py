@@ -1,12 +1,17 @@
 """What a run trains on: the batch of each step and its loss."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from moe.decoder import Decoder, DecoderLoss
 from moe.train.data import Windows, train_batch
 from moe.train.settings import RunConfig
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Task(Protocol):
@@ -36,6 +41,30 @@ class NextToken:
         """As `Decoder.loss`."""
         ids, targets = batch
         return model.loss(ids, targets)
+
+
+class Mixture:
+    """Several tasks in one run: each step is of one of them, as often as its share says, in an even order."""
+
+    def __init__(self, tasks: Sequence[Task], shares: Sequence[float]) -> None:
+        """shares: relative, above 0, one for each task."""
+        self.tasks = tuple(tasks)
+        self.limits = np.cumsum(shares)[:-1] / np.sum(shares)
+
+    def number(self, step: int) -> int:
+        """Which task a step is of. Multiples of the golden ratio fill the shares evenly from any step on."""
+        return int(np.searchsorted(self.limits, step * GOLDEN % 1.0, side="right"))
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """The number of the task in each row, (b), and its batch."""
+        number = self.number(step)
+        batch = self.tasks[number].batch(step)
+        return torch.full((len(batch[0]),), number), *batch
+
+    def loss(self, model: Decoder, *batch: Tensor) -> DecoderLoss:
+        """The loss of the task that made the batch."""
+        numbers, *rest = batch
+        return self.tasks[int(numbers[0])].loss(model, *rest)
 
 
 def make_task(config: RunConfig, windows: Windows) -> Task:
