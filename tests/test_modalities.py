@@ -12,7 +12,16 @@ from torch import Tensor
 from moe import Decoder, DecoderConfig, count_parameters
 from moe.cross_entropy import IGNORED
 from moe.kv_cache import KVCache
-from moe.modalities import Interleaved, Modality, ModalityBatch, ModalityConfig, ModalityEmbedder, collate
+from moe.modalities import (
+    Interleaved,
+    Modality,
+    ModalityBatch,
+    ModalityConfig,
+    ModalityEmbedder,
+    Text,
+    collate,
+    interleave,
+)
 from moe.prefill import prefill
 
 SIZES = ModalityConfig(patch_size=2, num_channels=3, n_fft=32, hop_length=16, num_mel_bins=5)
@@ -281,6 +290,12 @@ def test_targets_are_the_next_text_and_nothing_else():
     sequence = Interleaved(ids, modality, torch.zeros(3, 12))
     assert sequence.loss_mask.tolist() == [False, True, True, False, False, True, False]
     assert sequence.targets.tolist() == [IGNORED, 7, 5, IGNORED, IGNORED, 0, IGNORED]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_nothing_follows_the_last_token(side):
+    sequences = [interleave([Text([3, 1, 4][:length])], SIZES) for length in (3, 1)]
+    assert collate(sequences, padding_side=side).targets.tolist() == [[1, 4, IGNORED], [IGNORED] * 3]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
