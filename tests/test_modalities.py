@@ -23,6 +23,8 @@ from moe.modalities import (
     interleave,
 )
 from moe.prefill import prefill
+from moe.train.overrides import change, find_preset
+from moe.train.settings import RunConfig
 
 SIZES = ModalityConfig(patch_size=2, num_channels=3, n_fft=32, hop_length=16, num_mel_bins=5)
 WIDTHS = {Modality.TEXT: 0, Modality.IMAGE: 12, Modality.VIDEO: 12, Modality.AUDIO: 5}
@@ -430,6 +432,17 @@ def test_no_architecture_of_others_has_our_modalities(tmp_path):
     Decoder(plain).save_pretrained(tmp_path / "plain", layout="hub")
     with pytest.raises(ValueError, match="modalities would be None instead of ModalityConfig"):
         Decoder(replace(plain, modalities=SIZES)).save_pretrained(tmp_path / "m", layout="hub")
+
+
+def test_a_run_takes_modalities_as_a_table():
+    plain = find_preset("needle")
+    assert "modalities" not in plain.to_dict()["model"]
+    config = change(plain, overrides=["model.modalities={patch_size=4, num_channels=3}"])
+    assert config.model.modalities == ModalityConfig(patch_size=4, num_channels=3)
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert change(config, overrides=["model.modalities=none"]) == plain
+    with pytest.raises(ValueError, match="no key 'patch'"):
+        change(plain, overrides=["model.modalities={patch=4}"])
 
 
 @pytest.mark.parametrize("tied", [True, False])
