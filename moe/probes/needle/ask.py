@@ -7,15 +7,17 @@ read of the haystack's keys and values: `KVCache.fork`.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moe.autocast import autocast_dtype
 from moe.decoder import Decoder
 from moe.kv_cache import KVCache
 from moe.prefill import Prefill, Progress, prefill
-from moe.probes.needle.haystack import Haystack, Question
+from moe.probes.needle.haystack import Question
 from moe.train.device import memory_in_use
 
 BATCH = 64  # questions that share a read: beyond it nothing is gained
