@@ -10,6 +10,7 @@ from moe.attention import Attended, RMSNorm
 from moe.block import Block, BlockOutput
 from moe.decoder_config import DecoderConfig
 from moe.kv_cache import KVCache
+from moe.modality_embedder import ModalityEmbedder
 from moe.ops.choose import Backend
 from moe.places import At
 from moe.plan import RoutingPlan
@@ -51,33 +52,43 @@ class Backbone(nn.Module):
     def __init__(self, config: DecoderConfig, *, backend: Backend = "auto") -> None:
         super().__init__()
         self.config = config
-        std = config.embedding_initializer_range
-        self.embed_tokens = TokenEmbedding(
-            config.vocab_size, config.hidden_size, std=config.initializer_range if std is None else std
-        )
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, std=config.embedding_std)
         self.layers = nn.ModuleList(
             Block(config, layer, backend=backend) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_modalities = (
+            None
+            if config.modalities is None
+            else ModalityEmbedder(config.modalities, config.hidden_size, std=config.embedding_std)
+        )
+
+    def embed(self, ids: Tensor, modality: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """What the layers read (b s d), of ids (b s) and, with modalities, modality (b s), features (b s f)."""
+        x = self.embed_tokens(ids)
+        if self.embed_modalities is not None:
+            x = self.embed_modalities(x, modality, features)
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
 
     def forward(
         self,
-        ids: Tensor,
+        inputs: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         at: At = None,
         *,
         checkpoint_blocks: bool = False,
     ) -> Hidden:
-        """ids (b s), mask (b s) -> Hidden at the places `at`; the cache, if any, is extended by s tokens."""
-        x = self.embed_tokens(ids)
-        if self.config.embedding_multiplier != 1:
-            x = x * self.config.embedding_multiplier
+        """Hidden at the places `at` of inputs, which are ids (b s) of text, or embeddings (b s d).
+
+        mask (b s); the cache, if any, is extended by s tokens.
+        """
+        x = inputs if inputs.is_floating_point() else self.embed(inputs)
         if cache is not None:
             cache.begin()
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
-        shape = (ids.shape[0], ids.shape[1])
-        sights = {window: Sight.causal(shape, ids.device, mask, cache, window) for window in set(windows)}
+        shape = (x.shape[0], x.shape[1])
+        sights = {window: Sight.causal(shape, x.device, mask, cache, window) for window in set(windows)}
         reach = shape[1] + (0 if cache is None else cache.length)
         rotation = self._rotation(sights[windows[0]].positions, x.dtype, reach)
         outputs: list[BlockOutput] = []
@@ -91,7 +102,7 @@ class Backbone(nn.Module):
             x = output.x
             outputs.append(output)
         if cache is not None:
-            cache.advance(ids.shape[1], mask)
+            cache.advance(shape[1], mask)
         return Hidden(
             self.norm(x),
             tuple(output.routing for output in outputs if output.routing is not None),

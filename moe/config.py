@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, Union, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu2", "gelu"]
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -21,6 +24,7 @@ WeightsDType = DType | Literal["model", "logits"]
 SharedCombination = Literal["sum", "average"]
 
 UNIONS = (UnionType, Union)
+Config = TypeVar("Config", bound="DataclassInstance")
 
 GATED_ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "clamped_swiglu")
 
@@ -97,7 +101,7 @@ class MoEConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         if self.num_experts:
             self._check_routing()
 
@@ -182,14 +186,19 @@ class MoEConfig:
         Raises:
             ValueError: an unknown key (with the nearest known one), or a missing one.
         """
-        known = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in known:
-                raise ValueError(f"{cls.__name__} has no key {key!r}.{did_you_mean(key, known)}")
-        try:
-            return cls(**{key: as_tuple(value) for key, value in data.items()})
-        except TypeError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from None
+        return from_plain(cls, data)
+
+
+def from_plain(cls: type[Config], data: Mapping[str, Any]) -> Config:
+    """A config of this class from plain data; raises as `MoEConfig.from_dict`."""
+    known = [f.name for f in fields(cls)]
+    for key in data:
+        if key not in known:
+            raise ValueError(f"{cls.__name__} has no key {key!r}.{did_you_mean(key, known)}")
+    try:
+        return cls(**{key: as_tuple(value) for key, value in data.items()})
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from None
 
 
 def as_tuple(value: Any) -> Any:
@@ -203,7 +212,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
-def require_positive(config: MoEConfig, name: str) -> None:
+def require_positive(config: object, name: str) -> None:
     """Refuse a number below 1."""
     value = getattr(config, name)
     if value <= 0:
@@ -242,8 +251,8 @@ def _words(kind: Any) -> list[str]:
     return [word for part in get_args(kind) for word in _words(part)] if get_origin(kind) in UNIONS else []
 
 
-def _check_fields(config: MoEConfig) -> None:
-    """Refuse negative counts and words outside their choices."""
+def check_fields(config: "DataclassInstance") -> None:
+    """Refuse values of another type than their field's, negative numbers, and words outside their choices."""
     for field in fields(config):
         value = getattr(config, field.name)
         _check_type(field.name, value, field.type)

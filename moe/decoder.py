@@ -8,7 +8,7 @@ Axes: b batch, s sequence, t = b * s tokens, d model width, v vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from moe.feed_forward import Projection
 from moe.generate import Options, generate
 from moe.kv_cache import KVCache
 from moe.losses import load_balancing_loss, router_z_loss
+from moe.modality_embedder import check_modality_inputs
 from moe.ops.choose import Backend
 from moe.places import At, check_places
 from moe.plan import RoutingPlan
@@ -87,9 +88,13 @@ class Decoder(nn.Module):
     | biases                                 | 0                                                       |
     | short convolutions                     | N(0, 0.1²) beside the residual                          |
     | ssmax                                  | 1 / log(max_position_embeddings)                        |
+    | vector of each modality                | N(0, embedding_initializer_range²)                      |
+    | image_proj (of patches of n numbers)   | N(0, 3 embedding_initializer_range² / n)                |
+    | audio_proj (of frames of n numbers)    | N(0, embedding_initializer_range² / n)                  |
 
     0.02 and the smaller output projections are GPT-2's (Radford et al. 2019, section 2.3), in the form of
-    Megatron-LM (1909.08053). An expert is drawn exactly as a dense layer is.
+    Megatron-LM (1909.08053). An expert is drawn exactly as a dense layer is. The embedders of modalities
+    are scaled so that a patch or an audio frame begins as long as the embedding of a token.
 
     `checkpoint_blocks` (an attribute, too) keeps only the input of each layer for the backward pass and
     computes the rest again, with the same routing: the random state is restored for it.
@@ -119,23 +124,55 @@ class Decoder(nn.Module):
         """The layer number of each entry of `routings`."""
         return tuple(filter(self.config.is_moe_layer, range(self.config.num_hidden_layers)))
 
+    def embed(self, ids: Tensor, modality: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """What the layers read, (b s d): the `inputs_embeds` of the other methods.
+
+        ids (b s) int64, read where the modality is text. modality (b s) int64, of `Modality`, and features
+        (b s f), finite: a patch or an audio frame for each other token, as `moe.modalities.collate` makes
+        them. Without these two every token is text, and `hidden(ids)` is `hidden(inputs_embeds=embed(ids))`.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a number out of range, features that are not finite (inside
+                torch.compile values are not looked at), or a decoder without modalities that is given one.
+        """
+        check_ids(ids, self.config.vocab_size)
+        if self.config.modalities is not None:
+            check_modality_inputs(self.config.modalities, ids, modality, features)
+        elif modality is not None or features is not None:
+            raise ValueError(
+                "this decoder reads text alone. Make it with DecoderConfig(modalities=ModalityConfig(...))."
+            )
+        return self.model.embed(ids, modality, features)
+
     def forward(
-        self, ids: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> DecoderOutput:
         """Logits of the next token at every place.
 
-        ids (b s) int64; mask (b s) bool, True at real tokens: padding may stand left or right, and positions
-        count real tokens. With a cache, ids continue what it holds, and mask covers ids alone.
+        ids (b s) int64, or inputs_embeds (b s d) of `embed`; mask (b s) bool, True at real tokens: padding
+        may stand left or right, and positions count real tokens. With a cache, ids continue what it holds,
+        and mask covers ids alone.
 
         Raises:
-            ValueError: a wrong shape or dtype, or an id outside the vocabulary (inside torch.compile
-                this last is not checked).
+            ValueError: a wrong shape or dtype, both or none of ids and inputs_embeds, or an id outside the
+                vocabulary (inside torch.compile this last is not checked).
         """
-        hidden = self.hidden(ids, mask=mask, cache=cache)
+        hidden = self.hidden(ids, inputs_embeds=inputs_embeds, mask=mask, cache=cache)
         return DecoderOutput(self.logits(hidden.states), hidden.states, hidden.routings, hidden.plans)
 
     def hidden(
-        self, ids: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None, at: At = None
+        self,
+        ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        at: At = None,
     ) -> Hidden:
         """As `forward`, without the logits, and for some places only if asked.
 
@@ -143,13 +180,30 @@ class Decoder(nn.Module):
         values for all tokens, and all else for these places alone: less work, the same states. A cache is
         filled as by a whole pass; with 0 places that is all that is done.
         """
-        check_ids(ids, self.config.vocab_size)
-        _check_mask(mask, ids)
-        check_places(at, (ids.shape[0], ids.shape[1]))
+        inputs = self._inputs(ids, inputs_embeds)
+        shape = (inputs.shape[0], inputs.shape[1])
+        _check_mask(mask, shape)
+        check_places(at, shape)
         if isinstance(at, Tensor) and cache is not None:
             raise ValueError("at: with a cache, give a number of last places, not a tensor of them.")
         recompute = self.checkpoint_blocks and torch.is_grad_enabled() and cache is None
-        return self.model(ids, mask, cache, at, checkpoint_blocks=recompute)
+        return self.model(inputs, mask, cache, at, checkpoint_blocks=recompute)
+
+    def _inputs(self, ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one of the two that is given, checked."""
+        if (ids is None) == (inputs_embeds is None):
+            given = "both" if inputs_embeds is not None else "neither"
+            raise ValueError(f"give ids or inputs_embeds, got {given}.")
+        if ids is not None:
+            check_ids(ids, self.config.vocab_size)
+            return ids
+        x, width = cast("Tensor", inputs_embeds), self.config.hidden_size
+        if x.dim() != 3 or x.shape[2] != width or not x.is_floating_point():
+            raise ValueError(
+                f"inputs_embeds must be floating-point (b s d) with d={width}, got {_shape(x)} of {x.dtype}. "
+                f"Decoder.embed makes them."
+            )
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (... d) -> (... v)."""
@@ -160,24 +214,33 @@ class Decoder(nn.Module):
         return hidden if self.config.logits_scaling == 1 else hidden / self.config.logits_scaling
 
     def loss(
-        self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None, chunk_tokens: int | None = None
+        self,
+        ids: Tensor | None,
+        targets: Tensor,
+        *,
+        inputs_embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        chunk_tokens: int | None = None,
     ) -> DecoderLoss:
         """Cross-entropy with targets (b s), and the auxiliary losses of the routers.
 
-        A target of -100 or under padding is ignored; when all are, cross_entropy is 0 and so is its gradient.
+        ids (b s), or None and inputs_embeds (b s d). A target of -100 or under padding is ignored; when all
+        are, cross_entropy is 0 and so is its gradient.
         Logits exist for `chunk_tokens` tokens at a time (None: as many as make 64 MiB in fp32).
 
         Raises:
             ValueError: as `forward`, and for a target that is neither an id nor -100.
         """
-        if targets.shape != ids.shape:
-            raise ValueError(f"targets {_shape(targets)} must have the shape of ids {_shape(ids)}.")
-        _check_mask(mask, ids)
+        inputs = self._inputs(ids, inputs_embeds)
+        shape = (inputs.shape[0], inputs.shape[1])
+        if targets.shape != shape:
+            raise ValueError(f"targets {_shape(targets)} must have the shape of ids {_words(shape)}.")
+        _check_mask(mask, shape)
         targets = targets if mask is None else targets.where(mask, IGNORED)
         check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
-        hidden = self.hidden(ids, mask=mask)
+        hidden = self.hidden(ids, inputs_embeds=inputs_embeds, mask=mask)
         cross_entropy = self.cross_entropy(hidden.states, targets, chunk_tokens=chunk_tokens)
-        return self.with_router_losses(cross_entropy, cross_entropy, hidden, len(ids))
+        return self.with_router_losses(cross_entropy, cross_entropy, hidden, len(inputs))
 
     def cross_entropy(self, states: Tensor, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
         """Mean nats of the targets (b m) after states (b m d); -100 is not counted."""
@@ -297,13 +360,17 @@ def check_ids(ids: Tensor, vocab_size: int, what: str = "id") -> None:
             )
 
 
-def _check_mask(mask: Tensor | None, ids: Tensor) -> None:
-    if mask is not None and (mask.shape != ids.shape or mask.dtype != torch.bool):
+def _check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
         raise ValueError(
-            f"mask must be bool with the shape of ids {_shape(ids)}, True at real tokens; "
+            f"mask must be bool with the shape of ids {_words(shape)}, True at real tokens; "
             f"got {_shape(mask)} of {mask.dtype}."
         )
 
 
 def _shape(tensor: Tensor) -> str:
-    return f"({' '.join(map(str, tensor.shape))})"
+    return _words(tensor.shape)
+
+
+def _words(shape: Sequence[int]) -> str:
+    return f"({' '.join(map(str, shape))})"

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moe.config import MoEConfig, require_positive
+from moe.modality_config import ModalityConfig
 from moe.rotary import RopeScaling
 
 LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
@@ -88,6 +89,8 @@ class DecoderConfig(MoEConfig):
 
     embedding_initializer_range: float | None = None  # None: as initializer_range
 
+    modalities: ModalityConfig | None = None  # None: text alone
+
     # Coefficients of the auxiliary losses in `Decoder.loss`; 0 leaves a loss out
     router_aux_loss_coef: float = 0.0
     router_aux_loss_convention: LossConvention = "megatron"
@@ -97,6 +100,8 @@ class DecoderConfig(MoEConfig):
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):  # plain data, as to_dict makes it
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        if isinstance(self.modalities, Mapping):
+            object.__setattr__(self, "modalities", ModalityConfig.from_dict(self.modalities))
         if isinstance(self.layer_types, str):
             object.__setattr__(self, "layer_types", layer_pattern(self.layer_types))
         MoEConfig.__post_init__(self)
@@ -188,6 +193,17 @@ class DecoderConfig(MoEConfig):
                 f'attention_init="induction" shifts the keys of full layers {full} by one token: each '
                 f"needs B or K in canon_set={self.canon_set}."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` is its inverse. Without modalities there is no such key."""
+        data = MoEConfig.to_dict(self)
+        return data if self.modalities is not None else {k: v for k, v in data.items() if k != "modalities"}
+
+    @property
+    def embedding_std(self) -> float:
+        """The spread of the token embeddings when they are drawn."""
+        std = self.embedding_initializer_range
+        return self.initializer_range if std is None else std
 
     @property
     def kv_heads(self) -> int:
