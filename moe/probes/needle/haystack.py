@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moe.probes.needle.needles import RANDOM_TEMPLATES, Template, draw_needles, swap_values
 from moe.probes.needle.placement import Needle, Writing, choose_places, insert, needles_at, starts_of
@@ -54,6 +56,11 @@ class Haystack:
     questions: tuple[Question, ...]
     needles: tuple[Needle, ...]
     shuffled_values: bool = False
+
+    @property
+    def prompt(self) -> Tensor:
+        """ids (1 n) uint8."""
+        return torch.from_numpy(np.ascontiguousarray(self.ids))[None]
 
 
 def default_needles(length: int) -> int:

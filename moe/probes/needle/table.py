@@ -38,8 +38,8 @@ def needle_table(record: NeedleRecord) -> list[str]:
     ">= %" is the one-sided 95 % bound of the recall. Tokens are bytes. Text that was repeated says so.
     """
     names = model_names(record.rows)
-    lines = table(HEAD, [(names[row.model], *_cells(row)) for row in record.rows])
-    return [*_headline(record.environment), *lines, "", *_paths(record.rows, names)]
+    lines = table(HEAD, [(names[row.model], *cells(row)) for row in record.rows])
+    return [*headline(record.environment), *lines, "", *paths(record.rows, names)]
 
 
 def verdict(row: NeedleRow) -> str:
@@ -111,7 +111,8 @@ def _verdict(rows: list[NeedleRow]) -> str:
     )
 
 
-def _cells(row: NeedleRow) -> tuple[str, ...]:
+def cells(row: NeedleRow) -> tuple[str, ...]:
+    """A row under HEAD, from the template on."""
     rate = f"{row.length / row.prefill_seconds:,.0f}" if row.prefill_seconds else ABSENT
     peak = format_bytes(row.peak_bytes) if row.peak_bytes else ABSENT
     return (
@@ -139,7 +140,7 @@ def _worst_quintile(quintiles: list[Tally]) -> str:
     return f"{part.right}/{part.asked} at {worst * width}-{(worst + 1) * width} %"
 
 
-def _paths(rows: Iterable[NeedleRow], names: dict[Model, str]) -> list[str]:
+def paths(rows: Iterable[NeedleRow], names: dict[Model, str]) -> list[str]:
     """A line for each model and way of asking it."""
     lengths: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -150,7 +151,8 @@ def _paths(rows: Iterable[NeedleRow], names: dict[Model, str]) -> list[str]:
     return [f"{line} ({', '.join(found)})" for line, found in lengths.items()]
 
 
-def _headline(environment: Mapping[str, Any]) -> list[str]:
+def headline(environment: Mapping[str, Any]) -> list[str]:
+    """A line about the machine, and an empty one; nothing where nothing is known."""
     facts = [f"{key}: {_flat(environment[key])}" for key in ENVIRONMENT if environment.get(key)]
     return ["; ".join(facts), ""] if facts else []
 

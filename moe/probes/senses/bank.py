@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,27 +30,39 @@ _SEEDS = {"train": 0x5EED, "test": 0x7E57}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DigitRows:
-    """The rows that show each of the ten digits: entries (n w) for each, of which a clip takes `entries`.
+    """The rows that show digits: entries (n w), sorted by digit, of which a clip takes `together`.
 
     Entries of a clip are different ones: three images of a seven are three people's, or moments'.
+    starts (11): digit i owns entries starts[i] to starts[i + 1] - 1.
     """
 
-    rows: tuple[Rows, ...]
-    entries: int
+    entries: Rows
+    starts: NDArray[np.int64]
+    together: int
+
+    @classmethod
+    def of(cls, entries: Rows, labels: NDArray[np.integer], together: int) -> Self:
+        """Entries (n w) and the digit of each (n).
+
+        Raises:
+            ValueError: fewer entries of a digit than a clip shows.
+        """
+        order = np.argsort(labels, kind="stable")
+        starts = np.searchsorted(labels[order], np.arange(11))
+        if (fewest := int(np.diff(starts).min())) < together:
+            raise ValueError(f"a clip shows {together} different entries, and of one digit there are {fewest}.")
+        return cls(entries[order], starts, together)
 
     @property
     def frames(self) -> int:
         """Tokens that show one digit."""
-        return self.entries * self.rows[0].shape[1]
+        return self.together * self.entries.shape[1]
 
     def draw(self, rng: np.random.Generator, digits: NDArray[np.integer]) -> Rows:
         """A clip for each of the digits (k): rows (k frames)."""
-        clips = np.empty((len(digits), self.frames), np.int64)
-        for digit, rows in enumerate(self.rows):
-            chosen = np.flatnonzero(digits == digit)
-            which = draw_different(rng, len(rows), (len(chosen), self.entries))
-            clips[chosen] = rearrange(rows[which], "k n w -> k (n w)")
-        return clips
+        first = self.starts[digits]
+        which = draw_different(rng, self.starts[digits + 1] - first, self.together)
+        return rearrange(self.entries[first[:, None] + which], "k n w -> k (n w)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,18 +130,11 @@ def check_patches(modalities: ModalityConfig) -> None:
         )
 
 
-def draw_different(rng: np.random.Generator, count: int, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """(k m) numbers below `count`, the m of a row different ones, every such choice equally likely.
-
-    Raises:
-        ValueError: m over count.
-    """
-    k, m = shape
-    if m > count:
-        raise ValueError(f"there are {count} entries of a digit, and a clip shows {m} different ones.")
-    drawn = np.empty((k, 0), np.int64)
-    for taken in range(m):  # number i of those not taken: count on past the taken ones, in order
-        number = rng.integers(count - taken, size=k)
+def draw_different(rng: np.random.Generator, counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """(k size) numbers, those of row i below counts[i] and all different; each such choice equally likely."""
+    drawn = np.empty((len(counts), 0), np.int64)
+    for taken in range(size):  # a number among those not taken: one more for each taken one up to it
+        number = rng.integers(counts - taken)
         for before in np.sort(drawn, axis=1).T:
             number += number >= before
         drawn = np.concatenate([drawn, number[:, None]], axis=1)
@@ -152,7 +158,7 @@ class _Making:
         grown = affine_copies(rng, written.images, copies)  # (n copies+1 8 8)
         rows = self.add(grown.reshape(-1, SIDE * SIDE))
         labels = np.repeat(written.labels, copies + 1)
-        return DigitRows(tuple(rows[labels == digit][:, None] for digit in range(10)), entries=FRAMES)
+        return DigitRows.of(rows[:, None], labels, together=FRAMES)
 
     def keypad(
         self, rng: np.random.Generator, modalities: ModalityConfig, tones: int
@@ -161,7 +167,7 @@ class _Making:
         digits = np.repeat(np.arange(10), tones)
         sound = keypad_tones(rng, digits, samples=_samples(modalities), rate=modalities.sampling_rate)
         rows = self.add(_frames(sound, modalities))
-        return DigitRows(tuple(rows[digits == digit][:, None] for digit in range(10)), entries=FRAMES), SOURCE
+        return DigitRows.of(rows[:, None], digits, together=FRAMES), SOURCE
 
     def speech(
         self, config: SensesConfig, modalities: ModalityConfig, split: Split
@@ -169,12 +175,14 @@ class _Making:
         """Recordings, each an entry of `speech_frames` frames."""
         folder = Path(config.speech_folder or "").expanduser()
         recordings, source = load_recordings(folder, split, rate=modalities.sampling_rate)
-        entries: list[list[Rows]] = [[] for _ in range(10)]
-        for recording in recordings:
-            frames = log_mel(torch.from_numpy(recording.samples), modalities).numpy()
-            entries[recording.digit].append(self.add(parts_of(frames, config.speech_frames)))
-        rows = DigitRows(tuple(np.stack(one) for one in entries), entries=1)
-        return rows, f"{source}, {config.speech_frames} frames a digit"
+        entries = [
+            self.add(
+                parts_of(log_mel(torch.from_numpy(one.samples), modalities).numpy(), config.speech_frames)
+            )
+            for one in recordings
+        ]
+        shown = DigitRows.of(np.stack(entries), np.array([one.digit for one in recordings]), together=1)
+        return shown, f"{source}, {config.speech_frames} frames a digit"
 
     def bank(
         self,
@@ -186,8 +194,7 @@ class _Making:
         """The bank of all rows added."""
         digit_of_row = np.full(self.count, -1, np.int64)
         for shown in digits.values():
-            for digit, rows in enumerate(shown.rows):
-                digit_of_row[rows] = digit
+            digit_of_row[shown.entries] = np.repeat(np.arange(10), np.diff(shown.starts))[:, None]
         return Bank(np.concatenate(self.parts), digits, others, film, digit_of_row, sources)
 
 
