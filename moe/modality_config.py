@@ -53,9 +53,9 @@ class ModalityConfig:
         for band, (low, high) in enumerate(zip(edges, edges[2:], strict=False)):
             if (math.floor(low / spacing) + 1) * spacing >= high:
                 raise ValueError(
-                    f"num_mel_bins={self.num_mel_bins} leaves band {band}, {low:.0f} to {high:.0f} Hz, without "
-                    f"a frequency: n_fft={self.n_fft} has one every {spacing:.1f} Hz. Lower num_mel_bins or "
-                    f"raise n_fft."
+                    f"num_mel_bins={self.num_mel_bins} leaves band {band}, from {low:.0f} to {high:.0f} Hz, "
+                    f"without a frequency: n_fft={self.n_fft} has one every {spacing:.1f} Hz. Lower num_mel_bins "
+                    f"or raise n_fft."
                 )
 
     @property
