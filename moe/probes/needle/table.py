@@ -42,9 +42,17 @@ def needle_table(record: NeedleRecord) -> list[str]:
     return [*headline(record.environment), *lines, "", *paths(record.rows, names)]
 
 
-def verdict(row: NeedleRow) -> str:
-    """One line, such as `64k sentence: 500/500 = 100.0 % (>= 99.4 %)`; it says so if text was repeated."""
-    return _verdict([row])
+def verdict(*rows: NeedleRow) -> str:
+    """One line, such as `64k sentence: 500/500 = 100.0 % (>= 99.4 %)`; it says so if text was repeated.
+
+    Of several rows, of one template and length, the answers of all together.
+    """
+    found, row = tally(rows), rows[0]
+    repeated = ", repeated text" if any(row.text["repeated"] for row in rows) else ""
+    return (
+        f"{format_length(row.length)} {row.template}{repeated}: {found.right}/{found.asked} = "
+        f"{format_percent(found.recall)} % (>= {format_percent(found.lower_bound)} %)"
+    )
 
 
 def verdicts(record: NeedleRecord) -> list[str]:
@@ -58,7 +66,7 @@ def verdicts(record: NeedleRecord) -> list[str]:
     for row in ask_once(record.rows):
         groups[row.model, row.template, row.length].append(row)
     return [
-        (f"{names[model]}: " if len(names) > 1 else "") + _verdict(rows)
+        (f"{names[model]}: " if len(names) > 1 else "") + verdict(*rows)
         for (model, *_), rows in groups.items()
     ]
 
@@ -100,15 +108,6 @@ def model_names(rows: Iterable[NeedleRow]) -> dict[Model, str]:
     plain = {model: ", ".join(filter(None, (model.run, model.variant))) for model in models}
     seen = Counter(plain.values())
     return {model: name if seen[name] == 1 else f"{name}, step {model.step}" for model, name in plain.items()}
-
-
-def _verdict(rows: list[NeedleRow]) -> str:
-    found, row = tally(rows), rows[0]
-    repeated = ", repeated text" if any(row.text["repeated"] for row in rows) else ""
-    return (
-        f"{format_length(row.length)} {row.template}{repeated}: {found.right}/{found.asked} = "
-        f"{format_percent(found.recall)} % (>= {format_percent(found.lower_bound)} %)"
-    )
 
 
 def cells(row: NeedleRow) -> tuple[str, ...]:

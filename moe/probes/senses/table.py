@@ -32,7 +32,7 @@ def senses_table(record: SensesRecord) -> list[str]:
     names = model_names(record.rows)
     head = ["modality" if word == "template" else word for word in HEAD]
     rows = [_row(row, names[row.model]) for row in record.rows]
-    lines = table([*head[:_AFTER], *_OWN, *head[_AFTER:]], rows)
+    lines = table((*head[:_AFTER], *_OWN, *head[_AFTER:]), rows)
     shown = {row.template: f"{row.template}: {row.source}, {row.frames} tokens a digit" for row in record.rows}
     return [*headline(record.environment), *lines, "", *shown.values(), "", *paths(record.rows, names)]
 
