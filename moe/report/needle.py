@@ -61,7 +61,7 @@ def needle_figure(
     templates = list(dict.fromkeys(row.template for row in rows))
     lengths = sorted({row.length for row in rows})
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        width = max(7.5, 1.5 + len(templates) * (0.6 + 0.85 * len(lengths)))
+        width = max(7.5, 1.5 + len(templates) * max(2.6, 0.6 + 0.85 * len(lengths)))
         height = 0.9 + len(names) * (1.3 + max(2.5, 0.3 * depths))
         figure = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(len(names), len(templates), squeeze=False)
