@@ -168,7 +168,7 @@ def senses() -> RunConfig:
         base,
         model=replace(base.model, modalities=ModalityConfig(), moe_intermediate_size=64),
         data=replace(base.data, sequence_length=2048),
-        train=replace(base.train, steps=2600),
+        train=replace(base.train, steps=3000),
         needle=None,
         senses=SensesConfig(),
     )
