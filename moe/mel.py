@@ -6,8 +6,8 @@
 
 x is 0 before and after the waveform, so frame t has its middle at sample t hop, and n samples make
 1 + n // hop frames. B are triangles of height 1 between `ModalityConfig.mel_edges`, on Slaney's mel scale
-(Auditory Toolbox, 1998). Silence is -1.03 and a sine of amplitude 1 about 2.6: no statistics of a data set
-are needed, and a frame does not depend on what comes later. The floor is 64 dB below that sine.
+(Auditory Toolbox, 1998). Silence is -1.03 and a sine of amplitude 1 up to 2.76: no statistics of a data set
+are needed, and a frame depends on nothing beyond its window. The floor is 64 dB below that sine.
 
 Axes: n samples, t frames, k frequencies (n_fft // 2 + 1), m mel bands.
 """

@@ -54,8 +54,8 @@ class ModalityConfig:
             if (math.floor(low / spacing) + 1) * spacing >= high:
                 raise ValueError(
                     f"num_mel_bins={self.num_mel_bins} leaves band {band}, from {low:.0f} to {high:.0f} Hz, "
-                    f"without a frequency: n_fft={self.n_fft} has one every {spacing:.1f} Hz. Lower num_mel_bins "
-                    f"or raise n_fft."
+                    f"without a frequency: n_fft={self.n_fft} has one every {spacing:.1f} Hz. "
+                    f"Lower num_mel_bins or raise n_fft."
                 )
 
     @property

@@ -19,17 +19,16 @@ from moe.modality_sequence import Interleaved
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Array = Tensor | NDArray[Any]
-    Ids = Sequence[int] | Array
+    Array = Tensor | NDArray[Any] | Sequence[Any]
 
-    Encode = Callable[[bytes], Ids]  # of UTF-8 text, as the tokenizers of moe.train have it
+    Encode = Callable[[bytes], Array]  # of UTF-8 text, as the tokenizers of moe.train have it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Text:
     """A str or bytes, which a tokenizer encodes, or ids that are taken as they are."""
 
-    content: "str | bytes | Ids"
+    content: "str | bytes | Array"
 
     def tokens(self, config: ModalityConfig, encode: "Encode" = bytes) -> Interleaved:
         """A token for each id.
@@ -136,7 +135,7 @@ def _not_text(modality: Modality, rows: Tensor, config: ModalityConfig) -> Inter
     return Interleaved(ids, torch.full_like(ids, modality), features)
 
 
-def _ids(values: "Ids") -> Tensor:
+def _ids(values: "Array") -> Tensor:
     """(n) uint8 where that is enough, else int64."""
     if isinstance(values, bytes):
         values = torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else []
