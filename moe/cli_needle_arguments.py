@@ -72,7 +72,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--speech",
         type=Path,
         metavar="FOLDER",
-        help="with --modalities: WAV files of spoken digits, named as 7_jackson_32.wav, in place of keypad tones",
+        help="with --modalities: WAV files of spoken digits, such as 7_jackson_32.wav, for keypad tones",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
     parser.add_argument("--device", help="auto, cpu, cuda, ...")

@@ -1,4 +1,4 @@
-"""What is seen and heard in needles of every sense: images, tones, recordings, filler, and haystacks of them."""
+"""What is seen and heard in needles of every sense: images, tones, recordings, filler, haystacks."""
 
 import hashlib
 import sys
@@ -82,14 +82,17 @@ def test_copies_are_the_image_turned_scaled_and_moved(monkeypatch):
     np.testing.assert_allclose(turned, image[0].T, atol=1e-6)
 
 
-class _Highest:
+class _Highest(np.random.Generator):
     """A generator that always draws the highest number."""
 
-    def uniform(self, low, high, size):
-        return np.full(size, high)
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
 
-    def normal(self, mean, std, size):
-        return np.full(size, mean)
+    def uniform(self, low=0.0, high=1.0, size=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return np.full(size or (), high)
+
+    def normal(self, loc=0.0, scale=1.0, size=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return np.full(size or (), loc)
 
 
 # Sound
@@ -154,25 +157,32 @@ def speech(folder: Path, *, each: int = 40) -> Path:
     for digit in range(10):
         for number in range(each):
             voice = np.sin(2 * np.pi * (300 + 200 * digit) * np.arange(1600 + 40 * number) / RATE)
-            wav(folder / f"{digit}_someone_{number}.wav", np.concatenate([np.zeros(800), 0.5 * voice, np.zeros(400)]))
+            wav(
+                folder / f"{digit}_someone_{number}.wav",
+                np.concatenate([np.zeros(800), 0.5 * voice, np.zeros(400)]),
+            )
     return folder
 
 
 def test_recordings_belong_to_one_split_and_lose_their_silence(tmp_path):
     folder = speech(tmp_path / "speech")
-    (train, words), (test, others) = (load_recordings(folder, split, rate=RATE) for split in ("train", "test"))
+    (train, words), (test, others) = (
+        load_recordings(folder, split, rate=RATE) for split in ("train", "test")
+    )
     assert len(train) + len(test) == 400 and 20 <= len(test) <= 60
     assert "to train on (speech)" in words and "held out (speech)" in others
     assert {one.digit for one in train} == {one.digit for one in test} == set(range(10))
     lengths = sorted(len(one.samples) for one in (*train, *test))
-    assert 1500 < lengths[0] and lengths[-1] < 1600 + 40 * 40
+    assert lengths[0] > 1500 and lengths[-1] < 1600 + 40 * 40
     sounds = [hashlib.sha256(one.samples.tobytes()).digest() for one in (*train, *test)]
     assert len(set(sounds)) == 400
 
 
 def test_too_few_recordings_are_refused(tmp_path):
     folder = speech(tmp_path / "speech", each=1)
-    with pytest.raises(ValueError, match=r"10 recordings, \d+ of them for split 'test', and none of the digits"):
+    with pytest.raises(
+        ValueError, match=r"10 recordings, \d+ of them for split 'test', and none of the digits"
+    ):
         load_recordings(folder, "test", rate=RATE)
     with pytest.raises(FileNotFoundError, match=r"folder of spoken digits '.*nowhere' does not exist"):
         load_recordings(tmp_path / "nowhere", "test", rate=RATE)
@@ -197,7 +207,11 @@ def test_spoken_digits_keep_the_order_of_their_frames(tmp_path):
     (clip,) = audio.draw(np.random.default_rng(0), np.array([7]))
     assert clip.tolist() == list(range(clip[0], clip[0] + 5)) and (bank.digit_of_row[clip] == 7).all()
     recordings, _ = load_recordings(folder, "train", rate=RATE)
-    frames = [parts_of(log_mel(torch.from_numpy(one.samples), SIZES).numpy(), 5) for one in recordings if one.digit == 7]
+    frames = [
+        parts_of(log_mel(torch.from_numpy(one.samples), SIZES).numpy(), 5)
+        for one in recordings
+        if one.digit == 7
+    ]
     heard = bank.features[clip][:, :40]
     assert any(np.array_equal(heard, one) for one in frames)
     assert "5 frames a digit" in bank.sources[Modality.AUDIO]
@@ -350,7 +364,9 @@ def test_a_haystack_holds_its_needles_where_it_says(bank):
         np.testing.assert_array_equal(modality[needle.place : stop], needle.tokens.modality)
         shown = needle.tokens.rows >= 0
         assert set(needle.tokens.modality[shown]) <= {needle.modality}
-        np.testing.assert_array_equal(features[needle.place : stop][shown], bank.features[needle.tokens.rows[shown]])
+        np.testing.assert_array_equal(
+            features[needle.place : stop][shown], bank.features[needle.tokens.rows[shown]]
+        )
     assert len({needle.fact.key for needle in haystack.needles}) == 64
     assert haystack.prompt.features.shape[0] == (modality != 0).sum()
 
@@ -368,14 +384,17 @@ def test_questions_are_as_many_of_each_sense_and_depth(bank):
 
 def test_with_shuffled_values_no_needle_has_the_answer(bank):
     plain, shuffled = (
-        build_senses_haystack(bank, TEXT, length=16_384, queries=16, seed=3, shuffle_values=one) for one in (False, True)
+        build_senses_haystack(bank, TEXT, length=16_384, queries=16, seed=3, shuffle_values=one)
+        for one in (False, True)
     )
     assert {(q.query, q.answer) for q in plain.questions} == {(q.query, q.answer) for q in shuffled.questions}
     assert all(question.needle.fact.value != question.answer for question in shuffled.questions)
 
 
 def test_only_the_senses_asked_for_have_needles(bank):
-    haystack = build_senses_haystack(bank, TEXT, length=8192, queries=5, seed=0, modalities=("image", "audio"))
+    haystack = build_senses_haystack(
+        bank, TEXT, length=8192, queries=5, seed=0, modalities=("image", "audio")
+    )
     assert {needle.modality for needle in haystack.needles} == {Modality.IMAGE, Modality.AUDIO}
     assert set(haystack.prompt.modality.tolist()) == {0, 1, 2, 3}  # the filler has them all
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from moe.cli import main
 from moe.decoder import Decoder
 from moe.modality_config import Modality, ModalityConfig
 from moe.prefill import prefill
-from moe.probes.needle.measured import measured_on
 from moe.probes.needle.record import NeedleRecord, Tally, merge
 from moe.probes.senses.bank import build_bank
 from moe.probes.senses.config import NAMES, SensesConfig
@@ -29,7 +29,7 @@ from moe.train.presets import senses
 from moe.train.runs import Run, open_run
 from moe.train.tokenizer import ByteTokenizer
 
-LENGTH = 4096
+LENGTH = 2048
 SENSES = ",".join(NAMES)
 TEXT = np.frombuffer(b"the expert router sends every token to two of many; " * 4000, np.uint8)
 
@@ -59,17 +59,17 @@ def run(root) -> Run:
 
 @pytest.fixture
 def questions(root) -> SensesQuestions:
-    return SensesQuestions(queries=6, haystacks=2, folder=root / "text")
+    return SensesQuestions(queries=4, haystacks=2, folder=root / "text")
 
 
 # Answers
 
 
 def test_answers_of_a_haystack_are_those_of_one_whole_pass(run, questions):
-    haystack, _ = next(make_senses_haystacks(run, questions, LENGTH))
-    result = evaluate_senses(run, replace(questions, haystacks=1, queries=3), LENGTH)
+    few = replace(questions, haystacks=1, queries=2)
+    result = evaluate_senses(run, few, LENGTH)
     assert [row.template for row in result.rows] == list(NAMES)
-    haystack, _ = next(make_senses_haystacks(run, replace(questions, haystacks=1, queries=3), LENGTH))
+    haystack, _ = next(make_senses_haystacks(run, few, LENGTH))
     for row in result.rows:
         mine = [question for question in haystack.questions if question.template == row.template]
         for question, right in zip(mine, row.digits_right, strict=True):
@@ -89,7 +89,7 @@ def whole_pass(model, haystack, question) -> bytes:
 
 def test_the_near_needle_is_the_same_one_64_tokens_away(root):
     bank = build_bank(SensesConfig(image_copies=1), ModalityConfig(), "test")
-    haystack = build_senses_haystack(bank, TEXT, length=LENGTH, queries=4, seed=0)
+    haystack = build_senses_haystack(bank, TEXT, length=LENGTH, queries=2, seed=0)
     seen = []
 
     class Watched(Decoder):
@@ -101,9 +101,9 @@ def test_the_near_needle_is_the_same_one_64_tokens_away(root):
     decoder = tiny_decoder()
     decoder.__class__ = Watched
     answers = answer_near(decoder, bank, TEXT, haystack.questions, seed=0, batch=3)
-    assert len(answers) == 16 and all(len(answer) == 4 for answer in answers)
+    assert len(answers) == 8 and all(len(answer) == 4 for answer in answers)
     rows = torch.cat(seen)
-    assert len(rows) == 16 and all(len(part) <= 3 for part in seen)
+    assert len(rows) == 8 and all(len(part) <= 3 for part in seen)
     size = BEFORE + DISTANCE + max(len(question.needle.tokens) for question in haystack.questions)
     for question in haystack.questions:
         needle = decoder.embed(*(x[None] for x in question.needle.tokens.interleaved(bank).dense()))[0]
@@ -114,17 +114,17 @@ def test_the_near_needle_is_the_same_one_64_tokens_away(root):
 
 def test_answers_nearby_do_not_depend_on_the_batch(root):
     bank = build_bank(SensesConfig(image_copies=1), ModalityConfig(), "test")
-    questions = build_senses_haystack(bank, TEXT, length=LENGTH, queries=4, seed=0).questions
+    questions = build_senses_haystack(bank, TEXT, length=LENGTH, queries=2, seed=0).questions
     one_at_a_time = answer_near(tiny_decoder(), bank, TEXT, questions, seed=0, batch=1)
     assert answer_near(tiny_decoder(), bank, TEXT, questions, seed=0, batch=64) == one_at_a_time
-    assert len(set(one_at_a_time)) > 3
+    assert len(set(one_at_a_time)) > 1
 
 
 def test_rows_say_what_was_asked_of_which_sense(run, questions):
     result = evaluate_senses(run, questions, LENGTH)
     for row in result.rows:
-        assert (row.asked, row.haystacks, row.needles, row.length) == (6, 2, 16, LENGTH)
-        assert row.digits == 4 and len(row.near_digits_right) == 6
+        assert (row.asked, row.haystacks, row.needles, row.length) == (4, 2, 8, LENGTH)
+        assert row.digits == 4 and len(row.near_digits_right) == 4
         assert row.frames == (1 if row.template == "text" else 3)
     assert [row.source for row in result.rows] == [
         "bytes",
@@ -147,7 +147,10 @@ def test_another_seed_asks_of_other_haystacks_made_of_other_tones(run, questions
         next(make_senses_haystacks(run, replace(questions, seed=seed), LENGTH))[0] for seed in (0, 1)
     )
     assert first.questions[0].query != other.questions[0].query
-    sounds = [set(one.prompt.features[one.prompt.modality[one.prompt.modality > 0] == 3].sum(1).tolist()) for one in (first, other)]
+    sounds = [
+        set(one.prompt.features[one.prompt.modality[one.prompt.modality > 0] == 3].sum(1).tolist())
+        for one in (first, other)
+    ]
     assert not sounds[0] & sounds[1]
 
 
@@ -162,13 +165,31 @@ def test_reading_in_pieces_is_reading_at_once(run, questions):
 
 
 def row(right: list[int], near: list[int], **changes) -> SensesRow:
-    values = dict(
-        run="r", step=7, total=10, active=5, variant="", length=65536, template="image", haystacks=1, needles=8,
-        depths=tuple(i / len(right) for i in range(len(right))), correct=tuple(one == 4 for one in right),
-        prefill_seconds=1.0, answer_seconds=1.0, cache_bytes=1, peak_bytes=1, path="p", dtype="float32",
-        text={"root": "t", "digest": "d", "files": 1, "repeated": False}, digits=4, digits_right=tuple(right),
-        near_digits_right=tuple(near), frames=3, source="made up",
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "run": "r",
+        "step": 7,
+        "total": 10,
+        "active": 5,
+        "variant": "",
+        "length": 65536,
+        "template": "image",
+        "haystacks": 1,
+        "needles": 8,
+        "depths": tuple(i / len(right) for i in range(len(right))),
+        "correct": tuple(one == 4 for one in right),
+        "prefill_seconds": 1.0,
+        "answer_seconds": 1.0,
+        "cache_bytes": 1,
+        "peak_bytes": 1,
+        "path": "p",
+        "dtype": "float32",
+        "text": {"root": "t", "digest": "d", "files": 1, "repeated": False},
+        "digits": 4,
+        "digits_right": tuple(right),
+        "near_digits_right": tuple(near),
+        "frames": 3,
+        "source": "made up",
+    }
     return SensesRow(**{**values, **changes})
 
 
@@ -200,14 +221,18 @@ def test_a_row_that_contradicts_itself_is_refused(changes, message):
 def test_a_record_comes_back_equal_and_says_what_it_is(tmp_path):
     record = SensesRecord((row([4, 3], [4, 4]),), {"device": "cpu"})
     record.save(tmp_path / "r.json")
-    assert load_record(tmp_path / "r.json") == record and isinstance(load_record(tmp_path / "r.json"), SensesRecord)
+    assert load_record(tmp_path / "r.json") == record and isinstance(
+        load_record(tmp_path / "r.json"), SensesRecord
+    )
     assert merge([record, record]) == record and type(merge([record])) is SensesRecord
     with pytest.raises(ValueError, match=r"r\.json is not a record.*'digits' is unknown"):
         NeedleRecord.load(tmp_path / "r.json")
 
 
 def test_the_table_gives_every_share_and_its_source():
-    record = SensesRecord((row([4, 4, 3, 0], [4, 4, 4, 2]), row([4] * 4, [4] * 4, template="audio", source="tones")), {})
+    record = SensesRecord(
+        (row([4, 4, 3, 0], [4, 4, 4, 2]), row([4] * 4, [4] * 4, template="audio", source="tones")), {}
+    )
     head, _, image, audio, *rest = senses_table(record)
     columns = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, image, audio)]
     cells = [dict(zip(columns[0], column, strict=True)) for column in columns[1:]]
@@ -235,8 +260,8 @@ def test_a_found_needle_is_drawn_with_its_frames_and_the_answer(tmp_path):
         assert "answered 1234  (right)" in axes.get_xlabel() and "token 500 of 65,536" in axes.get_xlabel()
         if one.modality is not Modality.TEXT:
             shape = (40, 12) if one.modality is Modality.AUDIO else (8, 96)
-            assert axes.images[0].get_array().shape == shape
-    video = figure.axes[2].images[0].get_array()
+            assert np.asarray(axes.images[0].get_array()).shape == shape
+    video = np.asarray(figure.axes[2].images[0].get_array())
     np.testing.assert_array_equal(video[:, 8:16], needles[2].value[1].reshape(8, 8))
     assert "wrong: 1234" in found_figure([found(Modality.IMAGE, b"1235")]).axes[0].get_xlabel()
     assert draw_found(needles, tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
@@ -254,13 +279,15 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_read(run, questions,
         check_senses(run, questions, [512])
     text_alone = replace(run.config.model, modalities=None)
     blind = replace(run, config=replace(run.config, model=text_alone, senses=None))
-    with pytest.raises(ValueError, match="reads text alone. Train a run that does with: sparse-moe needle train"):
+    with pytest.raises(ValueError, match=r"reads text alone\. Train a run that does with: sparse-moe needle"):
         check_senses(blind, questions, [LENGTH])
     untaught = replace(run, config=replace(run.config, senses=None))
     with pytest.raises(ValueError, match="was not trained on needles of several senses"):
         check_senses(untaught, questions, [LENGTH])
     monkeypatch.setattr("moe.probes.needle.evaluate.memory_available", lambda device: 700_000_000)
-    with pytest.raises(ValueError, match=r"length=1048576 needs .* GB of memory, and 0.7 GB are free: \d+ would fit"):
+    with pytest.raises(
+        ValueError, match=r"length=1048576 needs .* GB of memory, and 0.7 GB are free: \d+ would fit"
+    ):
         check_senses(run, questions, [2**20])
     with pytest.raises(ValueError, match="modalities has no 'smell'"):
         SensesQuestions(templates=("smell",))
@@ -271,10 +298,17 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_read(run, questions,
 
 def settings(root: Path) -> list[str]:
     return [
-        *places(root), "train.steps=6", "train.log_every=3", "train.checkpoint_every=6", "data.sequence_length=240",
-        "senses.short_length=120", "senses.image_copies=1", "train.eval_tokens=512", "train.final_eval_tokens=512",
+        *places(root),
+        "train.steps=6",
+        "train.log_every=3",
+        "train.checkpoint_every=6",
+        "data.sequence_length=240",
+        "senses.short_length=120",
+        "senses.image_copies=1",
+        "train.eval_tokens=512",
+        "train.final_eval_tokens=512",
         "train.tensorboard=false",
-    ]  # fmt: skip
+    ]
 
 
 def needle(*words: object) -> int:
@@ -290,20 +324,22 @@ def test_the_command_trains_measures_and_draws(root, tmp_path, capsys):
     assert needle("train", "--modalities", SENSES, "--out", out, *settings(root)) == 0
     assert f"sparse-moe needle eval {out} --length 64k --modalities {SENSES}" in capsys.readouterr().out
     asked = ("--folder", root / "text", "--queries", 4, "--haystacks", 1, "--modalities", "image,audio")
-    assert needle("eval", out, "--length", "2k,4k", "--shuffled", *asked) == 0
+    assert needle("eval", out, "--length", "2k,3k", "--shuffled", *asked) == 0
     output = capsys.readouterr().out
     rows = load_record(out / "needle_eval.json").rows
     assert [(one.variant, one.length, one.template) for one in rows] == [
         (variant, length, sense)
         for variant in ("", "shuffled values")
-        for length in (2048, 4096)
+        for length in (2048, 3072)
         for sense in ("image", "audio")
     ]
     assert "keypad tones with noise, synthetic" in output and "normalised" in output
     for name in ("needle_eval.png", "needle_eval_found.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     together = tmp_path / "all.json"
-    assert needle("table", out / "needle_eval.json", "--json", together, "--figure", tmp_path / "all.png") == 0
+    assert (
+        needle("table", out / "needle_eval.json", "--json", together, "--figure", tmp_path / "all.png") == 0
+    )
     assert load_record(together) == load_record(out / "needle_eval.json")
     assert open_run(out).config.senses is not None
     text = Path(shutil.copy(out / "needle_eval.json", tmp_path / "text.json"))
@@ -325,7 +361,3 @@ def test_mistakes_of_a_user_are_one_line(root, tmp_path, capsys):
     speech = ("--speech", tmp_path / "nowhere")
     assert needle("train", "--modalities", "audio", *speech, "--out", tmp_path / "no", *settings(root)) == 2
     assert "nowhere' does not exist" in capsys.readouterr().err
-
-
-def test_the_environment_is_recorded(run):
-    assert measured_on(run.device)["device"]

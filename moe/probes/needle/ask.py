@@ -36,6 +36,11 @@ class Asking(Protocol):
         """Each asked alone."""
         ...
 
+    @property
+    def needles(self) -> Sequence[object]:
+        """All that are hidden."""
+        ...
+
 
 def unwatched(done: int, total: int, seconds: float) -> None:
     """A `Progress` that nobody looks at."""

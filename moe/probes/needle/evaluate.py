@@ -107,9 +107,7 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise ValueError(f"{device} has no {dtype} ({error}). Keep the cache in float32.") from None
 
 
-def check_memory(
-    run: Run, dtype: torch.dtype, lengths: Sequence[int], *, per_token: int = PER_TOKEN
-) -> None:
+def check_memory(run: Run, dtype: torch.dtype, lengths: Sequence[int], *, per_token: int = PER_TOKEN) -> None:
     """Refuse lengths whose haystack, `per_token` bytes a token, and cache do not fit into free memory.
 
     Raises:

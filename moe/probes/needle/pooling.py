@@ -10,7 +10,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 
 from moe.parameters import count_parameters
-from moe.probes.needle.ask import Asked
+from moe.probes.needle.ask import Asked, Asking
 from moe.probes.needle.haystack import Haystack
 from moe.probes.needle.haystack_text import HaystackText
 from moe.probes.needle.record import NeedleRow, TextFacts
@@ -42,7 +42,7 @@ class Result:
     peak_bytes: int
 
     @classmethod
-    def of(cls, haystack: Haystack, text: TextFacts, asked: Asked) -> Self:
+    def of(cls, haystack: Asking, text: TextFacts, asked: Asked) -> Self:
         """The result of questions just asked."""
         return cls(
             answers=tuple(

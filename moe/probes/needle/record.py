@@ -174,7 +174,7 @@ class NeedleRecord:
 
 
 def merge(records: Sequence[NeedleRecord]) -> NeedleRecord:
-    """One record with the rows of all, in order, of the kind of the first; a row that several hold stays once.
+    """One record with the rows of all, in order, of the first one's kind; a row that several hold stays once.
 
     What all environments agree on stays; where they differ, a list of all different values.
     """

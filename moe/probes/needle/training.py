@@ -161,13 +161,17 @@ def _draw_facts(
     definitions: Definitions | None,
 ) -> list[Fact]:
     """A fact for each template; fewer when there are not as many definitions."""
-    near = {
-        "near_duplicate_keys": config.near_duplicate_keys,
-        "near_duplicate_values": config.near_duplicate_values,
-    }
+    keys, values = config.near_duplicate_keys, config.near_duplicate_values
     about_code = [template is DEFINITION for template in templates]
-    made_up = iter(draw_needles(rng, len(templates) - sum(about_code), **near))
-    real = iter(definitions.draw(rng, sum(about_code), **near) if definitions and any(about_code) else ())
+    count = sum(about_code)
+    made_up = iter(
+        draw_needles(rng, len(templates) - count, near_duplicate_keys=keys, near_duplicate_values=values)
+    )
+    real = iter(
+        definitions.draw(rng, count, near_duplicate_keys=keys, near_duplicate_values=values)
+        if definitions and count
+        else ()
+    )
     facts: list[Fact] = []
     for is_code in about_code:
         fact = next(real if is_code else made_up, None)
@@ -199,7 +203,7 @@ def _pair(template: Template, fact: Fact) -> _Pair:
 def _lay_out(
     rng: np.random.Generator, pairs: list[_Pair], text: NDArray[np.uint8], size: int
 ) -> tuple[list[bytes], Array, Array]:
-    """The pieces of a row of `size` bytes, and the number of the piece that is the needle / query of pair i."""
+    """The pieces of a row of `size` bytes, and which of them is the needle / query of pair i."""
     layout = lay_out(rng, len(pairs))
     pieces = [b""] * layout.pieces
     numbers = zip(layout.needle_piece.tolist(), layout.query_piece.tolist(), strict=True)

@@ -50,7 +50,9 @@ class DigitRows:
         order = np.argsort(labels, kind="stable")
         starts = np.searchsorted(labels[order], np.arange(11))
         if (fewest := int(np.diff(starts).min())) < together:
-            raise ValueError(f"a clip shows {together} different entries, and of one digit there are {fewest}.")
+            raise ValueError(
+                f"a clip shows {together} different entries, and of one digit there are {fewest}."
+            )
         return cls(entries[order], starts, together)
 
     @property
@@ -169,9 +171,7 @@ class _Making:
         rows = self.add(_frames(sound, modalities))
         return DigitRows.of(rows[:, None], digits, together=FRAMES), SOURCE
 
-    def speech(
-        self, config: SensesConfig, modalities: ModalityConfig, split: Split
-    ) -> tuple[DigitRows, str]:
+    def speech(self, config: SensesConfig, modalities: ModalityConfig, split: Split) -> tuple[DigitRows, str]:
         """Recordings, each an entry of `speech_frames` frames."""
         folder = Path(config.speech_folder or "").expanduser()
         recordings, source = load_recordings(folder, split, rate=modalities.sampling_rate)

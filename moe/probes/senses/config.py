@@ -1,4 +1,4 @@
-"""What a decoder is trained on to find needles in every sense; plain data, a part of a run's configuration."""
+"""What a decoder is trained on to find needles of every sense; plain data, a part of a run's settings."""
 
 import math
 from collections.abc import Sequence

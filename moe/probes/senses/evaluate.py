@@ -88,7 +88,9 @@ def evaluate_senses(
             )
             near = None
             if not questions.shuffled:  # whose needles have the wrong values nearby, too
-                near = answer_near(run.model, bank, text.text, asked, seed=questions.seed, batch=questions.batch)
+                near = answer_near(
+                    run.model, bank, text.text, asked, seed=questions.seed, batch=questions.batch
+                )
         readings += _readings(asked, far.answers, near)
         results.append(Result.of(haystack, facts_of_text(text), far))
         for question, written in zip(asked, far.answers, strict=True):

@@ -1,4 +1,4 @@
-"""Filler: runs of text, images, video and sound, half of what is seen and heard being digits without a key."""
+"""Filler: runs of text, images, video and sound; half of what is seen and heard are digits without a key."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ LOOKALIKES = 0.5  # of the runs that are no text: digits, shown as a needle show
 def draw_filler(
     rng: np.random.Generator, bank: Bank, text: NDArray[np.uint8], size: int
 ) -> tuple[Tokens, NDArray[np.int64]]:
-    """`size` tokens in runs, and where the runs begin. Text in it is consecutive, from a random place of `text`.
+    """`size` tokens in runs, and where they begin. Its text is consecutive, from a random place of `text`.
 
     Raises:
         ValueError: a text that is too short.

@@ -81,7 +81,8 @@ def build_senses_haystack(
         digits=VALUE_DIGITS,
     )
     facts = [facts[i] for i in rng.permutation(count)]  # near-duplicates are drawn in turn, but lie anywhere
-    senses = [NAMES[modalities[i]] for i in rng.permutation(np.arange(count) % len(modalities))]
+    numbers = rng.permutation(np.arange(count) % len(modalities))
+    senses = [NAMES[modalities[int(i)]] for i in numbers]
     shown = swap_values(rng, facts) if shuffle_values else facts
     lines = [write_needle(rng, bank, sense, fact) for sense, fact in zip(senses, shown, strict=True)]
     sizes = np.array([len(line) for line in lines], np.int64)
@@ -95,7 +96,9 @@ def build_senses_haystack(
     ]
     questions = _ask(rng, hidden, facts, length, queries)
     pieces = filler.split(points)
-    tokens = Tokens.concatenate([part for pair in zip(pieces, lines, strict=False) for part in pair] + pieces[-1:])
+    tokens = Tokens.concatenate(
+        [part for pair in zip(pieces, lines, strict=False) for part in pair] + pieces[-1:]
+    )
     return SensesHaystack(tokens.interleaved(bank), questions, tuple(hidden))
 
 

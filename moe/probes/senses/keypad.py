@@ -1,4 +1,4 @@
-"""Keypad tones (DTMF, ITU-T Q.23): a digit is a sum of two sines. They are synthetic, and every report says so."""
+"""Keypad tones (DTMF, ITU-T Q.23): a digit is two sines. They are synthetic, and every report says so."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,15 +6,17 @@ from numpy.typing import NDArray
 LOW, HIGH = (697.0, 770.0, 852.0, 941.0), (1209.0, 1336.0, 1477.0)  # Hz
 DETUNE, GAIN, SIGNAL_TO_NOISE = 0.01, (0.3, 1.0), 10.0  # share, least and most, decibels
 SOURCE = "keypad tones with noise, synthetic"
-_ROWS = "123 456 789 x0x".split()
-_PAIRS = {key: (low, high) for low, row in zip(LOW, _ROWS, strict=True) for high, key in zip(HIGH, row, strict=True)}
+_ROWS = ["123", "456", "789", "x0x"]
+_PAIRS = {
+    key: (low, high) for low, row in zip(LOW, _ROWS, strict=True) for high, key in zip(HIGH, row, strict=True)
+}
 _TONES = np.array([_PAIRS[str(digit)] for digit in range(10)])  # (10 2) Hz
 
 
 def keypad_tones(
     rng: np.random.Generator, digits: NDArray[np.integer], *, samples: int, rate: int
 ) -> NDArray[np.float32]:
-    """A waveform (n samples) from -1 to 1 for each of the digits (n): random phases, gain, detuning, noise."""
+    """A waveform (n samples) from -1 to 1 for each of the digits (n), in noise."""
     return _sound(rng, _TONES[digits], samples, rate)
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a run about every sense, and the haystacks that it is asked about: nothing that it was trained on."""
+"""What is asked of a run about every sense, of haystacks with nothing in them that it was trained on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,8 +49,8 @@ def check_senses_run(run: Run) -> tuple[SensesConfig, ModalityConfig]:
     if modalities is None or senses is None:
         what = "reads text alone" if modalities is None else "was not trained on needles of several senses"
         raise ValueError(
-            f"{run.folder} {what}. Train a run that does with: sparse-moe needle train --modalities text,image,"
-            f"video,audio; or ask this one without --modalities."
+            f"{run.folder} {what}. Train a run that does with: sparse-moe needle train --modalities text,"
+            f"image,video,audio; or ask this one without --modalities."
         )
     return senses, modalities
 

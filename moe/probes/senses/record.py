@@ -1,4 +1,4 @@
-"""What an evaluation of needles in every sense measured: rows of `moe.probes.needle.record`, and how digits were read."""
+"""What an evaluation of needles of every sense measured: rows as of text, and how digits were read."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +27,9 @@ class SensesRow(NeedleRow):
         for name in ("digits_right", "near_digits_right"):
             counts = getattr(self, name)
             if len(counts) != self.asked and (name == "digits_right" or counts):
-                raise ValueError(f"{name} has {len(counts)} numbers and correct has {self.asked}: one for each.")
+                raise ValueError(
+                    f"{name} has {len(counts)} numbers and correct has {self.asked}: one for each."
+                )
             if any(count > self.digits for count in counts):
                 raise ValueError(f"{name} has a number over digits={self.digits}.")
         if [count == self.digits for count in self.digits_right] != list(self.correct):
@@ -41,7 +43,9 @@ class SensesRow(NeedleRow):
     @property
     def near(self) -> Tally:
         """Answers with all digits right, the needle 64 tokens away."""
-        return Tally(sum(count == self.digits for count in self.near_digits_right), len(self.near_digits_right))
+        return Tally(
+            sum(count == self.digits for count in self.near_digits_right), len(self.near_digits_right)
+        )
 
     @property
     def normalised(self) -> float:

@@ -40,9 +40,9 @@ def load_recordings(folder: Path, split: Split, *, rate: int) -> tuple[list[Reco
     recordings = [Recording(int(path.name[0]), _trim(read_wav(path, rate=rate))) for path in chosen]
     if missing := sorted(set(range(10)) - {recording.digit for recording in recordings}):
         raise ValueError(
-            f"{str(folder)!r} has {len(files)} recordings, {len(recordings)} of them for split {split!r}, and "
-            f"none of the digits {missing} there. Give WAV files whose names begin with their digit, such as "
-            f"7_jackson_32.wav, about {round(2 / TEST_PART)} or more of each."
+            f"{str(folder)!r} has {len(files)} recordings, {len(recordings)} of them for split {split!r}, "
+            f"and none of the digits {missing} there. Give WAV files whose names begin with their digit, "
+            f"such as 7_jackson_32.wav, about {round(2 / TEST_PART)} or more of each."
         )
     words = "held out" if split == "test" else "to train on"
     return recordings, f"{len(recordings)} recordings of spoken digits {words} ({folder.name})"
@@ -67,7 +67,9 @@ def read_wav(path: Path, *, rate: int) -> NDArray[np.float32]:
         )
     if width not in (1, 2):
         raise ValueError(f"{path} has samples of {8 * width} bits; 8 and 16 can be read. Convert it.")
-    raw = np.frombuffer(data[: len(data) // (width * channels) * width * channels], f"<{'u1' if width == 1 else 'i2'}")
+    raw = np.frombuffer(
+        data[: len(data) // (width * channels) * width * channels], f"<{'u1' if width == 1 else 'i2'}"
+    )
     if not raw.size:
         raise ValueError(f"{path} has no sample.")
     samples = (raw.astype(np.float32) - 128) / 128 if width == 1 else raw.astype(np.float32) / 32768
@@ -75,7 +77,7 @@ def read_wav(path: Path, *, rate: int) -> NDArray[np.float32]:
 
 
 def parts_of(frames: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
-    """Log-mel frames (n f), means of `parts` equal parts of them in time (parts f): a digit of any duration."""
+    """Log-mel frames (n f), means of `parts` equal parts of them (parts f): a digit of any duration."""
     edges = np.linspace(0, len(frames), parts + 1)
     starts = np.floor(edges[:-1]).astype(int)
     stops = np.maximum(np.ceil(edges[1:]).astype(int), starts + 1)

@@ -1,4 +1,4 @@
-"""An evaluation of needles in every sense as text: the table of `moe.probes.needle.table`, and how digits were read."""
+"""An evaluation of needles of every sense as text: the table of text needles, and how digits were read."""
 
 import math
 from collections import defaultdict
@@ -10,7 +10,6 @@ from moe.probes.needle.table import (
     ABSENT,
     HEAD,
     cells,
-    format_length,
     format_percent,
     headline,
     model_names,
@@ -26,14 +25,16 @@ _AFTER = HEAD.index(">= %") + 1
 def senses_table(record: SensesRecord) -> list[str]:
     """Lines of Markdown: machine and commit, the table, what is seen and heard, how each model was asked.
 
-    "near" is the recall of the same needles 64 tokens away, "normalised" the recall over it. Tokens are bytes of
-    text, 8 x 8 pixels of an image or a video frame, or a frame of sound.
+    "near" is the recall of the same needles 64 tokens away, "normalised" the recall over it. Tokens are
+    bytes of text, 8 x 8 pixels of an image or a video frame, or frames of sound.
     """
     names = model_names(record.rows)
     head = ["modality" if word == "template" else word for word in HEAD]
     rows = [_row(row, names[row.model]) for row in record.rows]
     lines = table((*head[:_AFTER], *_OWN, *head[_AFTER:]), rows)
-    shown = {row.template: f"{row.template}: {row.source}, {row.frames} tokens a digit" for row in record.rows}
+    shown = {
+        row.template: f"{row.template}: {row.source}, {row.frames} tokens a digit" for row in record.rows
+    }
     return [*headline(record.environment), *lines, "", *shown.values(), "", *paths(record.rows, names)]
 
 

@@ -19,10 +19,10 @@ KINDS = (ANSWER, TEXT, READING)
 
 
 class FindSenses:
-    """Cross-entropy of answers + text_loss * that of other text + reading_loss * that of digits in their places
-    + pointer_loss * attention's own.
+    """Cross-entropy of answers + text_loss * that of other text + reading_loss * that of digits where they
+    stand + pointer_loss * attention's own.
 
-    Only places where something is predicted go through the last layer's queries, its feed-forward and the head.
+    Only places where something is predicted go through the last layer's queries, feed-forward and head.
     """
 
     def __init__(self, config: RunConfig, windows: Windows) -> None:
@@ -77,5 +77,5 @@ class FindSenses:
 
 
 def share_of(chosen: Tensor, whole: Tensor, sequences: Tensor) -> Tensor:
-    """The places chosen (b m) of these sequences over those that as many have on average in the whole batch."""
+    """The places chosen (b m) in these sequences over those that as many have, on average, in the batch."""
     return sequences * chosen.sum() / (len(chosen) * whole.clamp(min=1))

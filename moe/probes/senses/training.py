@@ -1,4 +1,4 @@
-"""Training sequences dense with needles of every sense: a pure function of (text, bank, config, seed, step)."""
+"""Training sequences dense with needles of every sense: a function of (text, bank, config, seed, step)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -31,7 +31,7 @@ class SensesBatch:
     modality  (b s) int64    of `Modality`
     features  (b s f)        of the tokens that are no text; 0 elsewhere
     places    (b m) int64    positions where something is predicted
-    targets   (b m) int64    what: for ANSWER and TEXT the next byte; for READING the digit that is shown there
+    targets   (b m) int64    what: for ANSWER and TEXT the next byte, for READING the digit that stands there
     kinds     (b m) int64    ANSWER, TEXT or READING
     pointers  (b m) int64    for an answer: the first frame, in its needle, of the digit to be given; else -1
     widths    (b m) int64    how many frames show it
@@ -64,8 +64,8 @@ def senses_batch(
     """
     if length < config.least_length:
         raise ValueError(
-            f"length={length} must be at least {config.least_length} tokens: the longest needle and its query "
-            f"have to fit into senses.needle_share={config.needle_share} of it."
+            f"length={length} must be at least {config.least_length} tokens: the longest needle and its "
+            f"query have to fit into senses.needle_share={config.needle_share} of it."
         )
     if len(text) <= length:
         raise ValueError(
@@ -75,7 +75,10 @@ def senses_batch(
     rng = np.random.default_rng([seed, step])
     rows = [_draw_row(rng, text, bank, config, length) for _ in range(batch)]
     return SensesBatch(
-        *(torch.from_numpy(np.stack([getattr(row, field.name) for row in rows])) for field in fields(SensesBatch))
+        *(
+            torch.from_numpy(np.stack([getattr(row, field.name) for row in rows]))
+            for field in fields(SensesBatch)
+        )
     )
 
 
@@ -137,7 +140,9 @@ def _draw_pairs(rng: np.random.Generator, config: SensesConfig, length: int) -> 
         near_duplicate_values=config.near_duplicate_values,
         digits=VALUE_DIGITS,
     )
-    pairs = [_Pair(chosen[i], fact) for i, fact in zip(rng.integers(len(chosen), size=most), facts, strict=True)]
+    pairs = [
+        _Pair(chosen[i], fact) for i, fact in zip(rng.integers(len(chosen), size=most), facts, strict=True)
+    ]
     return list(_within(pairs, budget, config))
 
 
