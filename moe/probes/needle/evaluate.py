@@ -127,7 +127,7 @@ def check_memory(run: Run, dtype: torch.dtype, lengths: Sequence[int], *, per_to
 
 
 def _places(
-    config: DecoderConfig, dtype: torch.dtype, device: torch.device, per_token: int
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, per_token: int = PER_TOKEN
 ) -> dict[str, tuple[int, torch.device]]:
     """Where memory is needed: its name, how many bytes a token takes there, and its device."""
     host, cache = torch.device("cpu"), cache_bytes(config, 1, dtype)
