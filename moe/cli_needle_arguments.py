@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moe.probes.needle.variants import VARIANTS, slug
+from moe.probes.needle.variants import SENSES_VARIANTS, VARIANTS, slug
 
 KIBI, MEBI, MEGA = 2**10, 2**20, 10**6
 TEMPLATES = ("key_value", "sentence")
@@ -63,7 +63,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help=f"the preset with one thing changed: {', '.join(map(slug, VARIANTS))}",
+        help=f"the preset with one thing changed: {', '.join(map(slug, VARIANTS))}; "
+        f"with --modalities: {', '.join(map(slug, SENSES_VARIANTS))}",
     )
     parser.add_argument(
         "--modalities", type=words_of, metavar=MODALITIES, help="needles in these senses: the preset senses"

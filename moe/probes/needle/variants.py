@@ -22,8 +22,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 """The name of each variant and its overrides; `code` adds a template instead of taking something away."""
 
 SENSES_VARIANTS: dict[str, tuple[str, ...]] = {
+    "no pointer loss": ("senses.pointer_loss=0.0",),
     "no reading loss": ("senses.reading_loss=0.0",),
-    "no short sequences": ("senses.short_fraction=0.0",),
     "short sequences alone": ("senses.short_fraction=1.0",),
     "random init": ("model.attention_init=normal",),
     "32 experts": ("model.num_experts=32",),
