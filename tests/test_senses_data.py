@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from senses_helpers import handwriting, write_by_hand  # noqa: F401  # the fixture is used by all tests
+from senses_helpers import IMAGES, handwriting, write_by_hand  # noqa: F401  # the fixture is used by all tests
 
 from moe.mel import log_mel
 from moe.modality_config import Modality, ModalityConfig
@@ -225,6 +225,13 @@ def test_the_two_splits_share_no_row():
     assert not {row.tobytes() for row in train.features} & {row.tobytes() for row in test.features}
     assert len(train.digits[Modality.IMAGE].entries) == 2 * len(write_by_hand("train").images)
     assert len(test.digits[Modality.IMAGE].entries) == len(write_by_hand("test").images)  # no copies
+
+
+def test_sounds_of_the_two_splits_differ_even_where_as_much_is_drawn(monkeypatch):
+    monkeypatch.setitem(IMAGES, "train", IMAGES["test"])
+    train, test = (build_bank(replace(CONFIG, image_copies=0), SIZES, split) for split in ("train", "test"))
+    assert train.features.shape == test.features.shape
+    assert not {row.tobytes() for row in train.features} & {row.tobytes() for row in test.features}
 
 
 def test_rows_show_the_digit_that_they_are_said_to_show(bank):
