@@ -133,6 +133,7 @@ def test_rows_say_what_was_asked_of_which_sense(run, questions):
         "keypad tones with noise, synthetic",
     ]
     for one, name in zip(result.examples, NAMES, strict=True):
+        assert one.source == {row.template: row.source for row in result.rows}[name]
         assert one.modality is NAMES[name] and one.value.shape == (0 if name == "text" else 12, 64)
 
 
@@ -250,13 +251,14 @@ def test_the_table_gives_every_share_and_its_source():
 
 def found(modality: Modality, written: bytes = b"1234") -> FoundNeedle:
     value = np.random.default_rng(0).random((0 if modality is Modality.TEXT else 12, 64)).astype(np.float32)
-    return FoundNeedle(modality, b"?abcd=", b"1234", written, value, 500, 65536)
+    return FoundNeedle(modality, "made up", b"?abcd=", b"1234", written, value, 500, 65536)
 
 
 def test_a_found_needle_is_drawn_with_its_frames_and_the_answer(tmp_path):
     needles = [found(one) for one in Modality]
     figure = found_figure(needles)
     for axes, one in zip(figure.axes, needles, strict=True):
+        assert axes.get_title(loc="left").endswith(": made up")
         assert "answered 1234  (right)" in axes.get_xlabel() and "token 500 of 65,536" in axes.get_xlabel()
         if one.modality is not Modality.TEXT:
             shape = (40, 12) if one.modality is Modality.AUDIO else (8, 96)

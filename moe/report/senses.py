@@ -19,12 +19,13 @@ from moe.probes.senses.handwriting import SIDE
 from moe.report.needle import save_figure
 from moe.report.style import GREEN, ORANGE, STYLE
 
+_HEIGHTS = {Modality.TEXT: 0.8, Modality.IMAGE: 1.1, Modality.VIDEO: 1.1, Modality.AUDIO: 1.5}
 _MEL_BANDS = slice(0, 40)  # of the features of an audio frame, the rest of which is padding
 _TITLES = {
-    Modality.TEXT: "text: the bytes themselves",
-    Modality.IMAGE: "images: a strip of three handwritings for each digit",
-    Modality.VIDEO: "video: three frames for each digit",
-    Modality.AUDIO: "sound: log-mel frames (time across, low to high)",
+    Modality.TEXT: "text",
+    Modality.IMAGE: "images, a strip of patches for each digit",
+    Modality.VIDEO: "video, frames one after another",
+    Modality.AUDIO: "sound, log-mel frames",
 }
 
 
@@ -46,8 +47,9 @@ def found_figure(found: Sequence[FoundNeedle]) -> Figure:
     if not found:
         raise ValueError("there is no needle to draw: give at least one.")
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(9, 1.9 * len(found) + 0.6), layout="constrained")
-        rows = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+        heights = [_HEIGHTS[one.modality] for one in found]
+        figure = Figure(figsize=(9, 1.5 * sum(heights) + 0.6), layout="constrained")
+        rows = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, one in zip(rows, found, strict=True):
             draw_value(axes, one)
         length = format_length(found[0].length)
@@ -60,7 +62,7 @@ def draw_value(axes: Axes, one: FoundNeedle) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     if one.modality is Modality.TEXT:
-        axes.text(0.5, 0.5, one.answer.decode(), ha="center", va="center", fontsize=34, family="monospace")
+        axes.text(0.5, 0.5, one.answer.decode(), ha="center", va="center", fontsize=30, family="monospace")
         axes.set(xlim=(0, 1), ylim=(0, 1))
     else:
         picture = _picture(one)
@@ -74,7 +76,7 @@ def draw_value(axes: Axes, one: FoundNeedle) -> None:
         for digit in range(1, len(one.answer)):
             axes.axvline(digit * picture.shape[1] / len(one.answer) - 0.5, color=ORANGE, linewidth=1.2)
     written, right = one.written.decode(errors="replace"), one.written == one.answer
-    axes.set_title(_TITLES[one.modality], loc="left")
+    axes.set_title(f"{_TITLES[one.modality]}: {one.source}", loc="left")
     place = f"token {one.place:,} of {one.length:,}"
     axes.set_xlabel(
         f"{place};  asked {one.query.decode()}  answered {written}"

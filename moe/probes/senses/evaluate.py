@@ -27,10 +27,12 @@ from moe.train.runs import Run
 class FoundNeedle:
     """A question about a haystack, its needle and what was answered.
 
-    value  (k f) float32: the frames that show the value; (0 f) for text
+    source  what its modality shows
+    value   (k f) float32: the frames that show the value; (0 f) for text
     """
 
     modality: Modality
+    source: str
     query: bytes
     answer: bytes
     written: bytes
@@ -128,6 +130,11 @@ def check_senses_model(run: Run, questions: SensesQuestions, lengths: Sequence[i
     check_memory(run, questions.dtype, lengths, per_token=per_token)
 
 
+def source_of(bank: Bank, modality: Modality) -> str:
+    """What a modality shows."""
+    return "bytes" if modality is Modality.TEXT else bank.sources[modality]
+
+
 def count_right(written: bytes, answer: bytes) -> int:
     """How many digits of an answer are right, each in its place."""
     return sum(one == other for one, other in zip(written, answer, strict=True))
@@ -159,7 +166,6 @@ def _row(
 ) -> SensesRow:
     mine = [reading for reading in readings if reading.modality == name_of_modality]
     modality = NAMES[name_of_modality]
-    is_text = modality is Modality.TEXT
     return make_row(
         run,
         results,
@@ -173,8 +179,8 @@ def _row(
             digits=VALUE_DIGITS,
             digits_right=tuple(reading.right for reading in mine),
             near_digits_right=tuple(reading.near for reading in mine if reading.near is not None),
-            frames=1 if is_text else bank.digits[modality].frames,
-            source="bytes" if is_text else bank.sources[modality],
+            frames=1 if modality is Modality.TEXT else bank.digits[modality].frames,
+            source=source_of(bank, modality),
         ),
     )
 
@@ -183,6 +189,7 @@ def _example(bank: Bank, question: SensesQuestion, written: bytes, length: int) 
     rows = question.needle.tokens.rows
     return FoundNeedle(
         question.needle.modality,
+        source_of(bank, question.needle.modality),
         question.query,
         question.answer,
         written,
