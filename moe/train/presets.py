@@ -167,8 +167,8 @@ def senses() -> RunConfig:
     return replace(
         base,
         model=replace(base.model, modalities=ModalityConfig(), moe_intermediate_size=64),
-        data=replace(base.data, sequence_length=2048),
-        train=replace(base.train, steps=3000),
+        data=replace(base.data, sequence_length=3072),
+        train=replace(base.train, steps=2400),
         needle=None,
         senses=SensesConfig(),
     )

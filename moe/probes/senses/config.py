@@ -29,11 +29,11 @@ class SensesConfig:
     predicted_share: float = 0.3  # of the places of a sequence: predicted; all answers, and others
     reading_share: float = 0.6  # of those others, at most: digits to be read where they stand
     short_length: int = 512  # tokens of a sequence in the first part of the run
-    short_fraction: float = 0.3  # of the steps: that first part
+    short_fraction: float = 0.2  # of the steps: that first part
     text_loss: float = 0.5  # weight of the next byte of other text; answers have weight 1
     reading_loss: float = 0.3  # weight of the name of a digit, at each of its frames
     pointer_loss: float = 0.5  # weight of the attention on the frames to copy; 0 switches it off
-    image_copies: int = 10  # random affine copies of each training image
+    image_copies: int = 30  # random affine copies of each training image
     speech_folder: str | None = None  # recordings of spoken digits; None: keypad tones, which are synthetic
     speech_frames: int = 6  # tokens that show a spoken digit
 
