@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe.cli_needle_senses import (
     PRESET,
+    check_senses_arguments,
     draw_senses,
     measure_senses,
     print_senses,
@@ -42,6 +43,7 @@ def run_training(arguments: argparse.Namespace, show: Show) -> int:
     from moe.train.overrides import change, describe_changes, find_preset
     from moe.train.run_folder import RunFolder
 
+    check_senses_arguments(arguments)
     variant, preset = arguments.variant, PRESET if arguments.modalities else "needle"
     overrides = [*overrides_of(variant, preset)]
     if arguments.modalities:
@@ -66,6 +68,7 @@ def run_evaluation(arguments: argparse.Namespace, show: Show) -> int:
     """Recall of every run at every length."""
     from moe.probes.needle.evaluate import check_run, evaluate_needles
 
+    check_senses_arguments(arguments)
     if arguments.modalities:
         return _run_senses(arguments, show)
     questions, lengths = _questions(arguments), arguments.length

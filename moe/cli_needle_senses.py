@@ -17,6 +17,21 @@ Show = Callable[[str], None]
 PRESET = "senses"
 
 
+def check_senses_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse arguments that do not go together.
+
+    Raises:
+        ValueError: --speech or --video without --modalities, or --template with it.
+    """
+    for name in ("speech", "video"):
+        if getattr(arguments, name, None) is not None and not arguments.modalities:
+            raise ValueError(
+                f"--{name} is for needles of several senses: add --modalities text,image,video,audio."
+            )
+    if arguments.modalities and getattr(arguments, "template", None):
+        raise ValueError("--template is for needles of text alone. Leave it out, or leave out --modalities.")
+
+
 def training_overrides(arguments: argparse.Namespace) -> list[str]:
     """Overrides of the preset `senses` that the arguments of `train` stand for."""
     names = ", ".join(f'"{name}"' for name in arguments.modalities)

@@ -360,6 +360,12 @@ def test_mistakes_of_a_user_are_one_line(root, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
     assert needle("train", "--modalities", "text", "--variant", "smelly", "--out", tmp_path / "no") == 2
     assert "there is no variant 'smelly'" in capsys.readouterr().err
+    assert needle("train", "--speech", tmp_path, "--out", tmp_path / "no") == 2
+    assert "--speech is for needles of several senses: add --modalities" in capsys.readouterr().err
+    of_text = ("--template", "sentence", "--length", "2k")
+    assert needle("eval", tmp_path, *of_text, "--modalities", "text") == 2
+    assert "--template is for needles of text alone" in capsys.readouterr().err
     speech = ("--speech", tmp_path / "nowhere")
     assert needle("train", "--modalities", "audio", *speech, "--out", tmp_path / "no", *settings(root)) == 2
     assert "nowhere' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
