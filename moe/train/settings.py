@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 from moe.config import did_you_mean
 from moe.decoder_config import DecoderConfig
 from moe.ops.choose import Backend
+from moe.probes.language.config import LanguageConfig
 from moe.probes.needle.config import NeedleConfig
 
 Encoding = Literal["utf-8", "bytes"]
@@ -145,7 +146,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    needle: NeedleConfig | None = None  # None: trained on the next token
+    needle: NeedleConfig | None = None  # without a task of its own a run is trained on the next token
+    language: LanguageConfig | None = None
 
     def __post_init__(self) -> None:
         if self.model.vocab_size < BYTE_VOCABULARY:
@@ -195,7 +197,7 @@ class RunConfig:
         for part in data:
             if part not in PARTS:
                 raise ValueError(f"a run has no part {part!r}.{did_you_mean(part, list(PARTS))}")
-        named = [part for part in PARTS if part != "needle" or data.get(part) is not None]
+        named = [part for part in PARTS if part not in TASKS or data.get(part) is not None]
         return cls(**{part: _build(PARTS[part], part, data.get(part, {})) for part in named})
 
 
@@ -205,7 +207,9 @@ PARTS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "needle": NeedleConfig,
+    "language": LanguageConfig,
 }
+TASKS = ("needle", "language")  # parts that a run may lack
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -40,6 +40,10 @@ class NextToken:
 
 def make_task(config: RunConfig, windows: Windows) -> Task:
     """The task of a run: needles where it has a part `needle`, else the next token."""
+    if config.language is not None:
+        from moe.probes.language.task import LearnLanguages
+
+        return LearnLanguages(config, windows)
     if config.needle is None:
         return NextToken(config, windows)
     from moe.probes.needle.task import FindNeedles  # probes know training; training does not know them

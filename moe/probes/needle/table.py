@@ -39,7 +39,7 @@ def needle_table(record: NeedleRecord) -> list[str]:
     """
     names = model_names(record.rows)
     lines = table(HEAD, [(names[row.model], *_cells(row)) for row in record.rows])
-    return [*_headline(record.environment), *lines, "", *_paths(record.rows, names)]
+    return [*headline(record.environment), *lines, "", *_paths(record.rows, names)]
 
 
 def verdict(row: NeedleRow) -> str:
@@ -150,7 +150,8 @@ def _paths(rows: Iterable[NeedleRow], names: dict[Model, str]) -> list[str]:
     return [f"{line} ({', '.join(found)})" for line, found in lengths.items()]
 
 
-def _headline(environment: Mapping[str, Any]) -> list[str]:
+def headline(environment: Mapping[str, Any]) -> list[str]:
+    """A line about the machine and an empty one; none where nothing is known of it."""
     facts = [f"{key}: {_flat(environment[key])}" for key in ENVIRONMENT if environment.get(key)]
     return ["; ".join(facts), ""] if facts else []
 

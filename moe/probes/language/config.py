@@ -1,0 +1,43 @@
+"""What a decoder is trained on to learn languages in context; plain data, a part of a run's configuration."""
+
+from dataclasses import dataclass
+
+from moe.probes.language.grammar import check_words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageConfig:
+    """The training documents and the weights of their losses.
+
+    Raises:
+        ValueError: a share, a weight or a number out of range.
+    """
+
+    words: int = 11  # of the dictionary of a small book
+    most_words: int = 11  # of a large one: the numbers between are drawn log-uniformly
+    large_share: float = 0.0  # of the batches: large books
+    letters: tuple[int, ...] = (3, 3)  # the least and the most of a foreign word
+    grammar_share: float = 0.5  # of the documents have a grammar line
+    dictionary_share: float = 0.9  # have a dictionary
+    most_sentences: int = 17  # of a document; from 2, log-uniformly
+    filler_share: float = 0.4  # of the batches have text between the pieces
+    most_filler: int = 1000  # bytes of it; from 20, log-uniformly
+    first_filler: int = 40  # the most at the beginning
+    ramp: float = 0.6  # of the steps: until then the most filler grows to `most_filler`
+    pointer_loss: float = 0.0  # weight of the attention on the byte to copy; 0 switches it off
+
+    def __post_init__(self) -> None:
+        check_words(self.words, self.letter_range)
+        check_words(self.most_words, self.letter_range)
+
+    @property
+    def letter_range(self) -> tuple[int, int]:
+        """The least and the most letters of a word."""
+        least, most = self.letters
+        return least, most
+
+    @property
+    def letters_in_words(self) -> str:
+        """Such as "3" or "2-4"."""
+        least, most = self.letter_range
+        return str(least) if least == most else f"{least}-{most}"

@@ -1,0 +1,264 @@
+"""Random languages, and translation into them: a few English words, a word order, two more rules of grammar.
+
+English is the source, its words are always the same; the language, drawn anew for every document, has its own
+words and rules. English here has noun phrases of an adjective or none, a noun and perhaps its plural s.
+"""
+
+import string
+from dataclasses import dataclass
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+
+# Three letters each, so that entries of a dictionary look alike; plurals are regular
+NOUNS = tuple(
+    [
+        "dog",
+        "cat",
+        "cow",
+        "pig",
+        "hen",
+        "owl",
+        "bat",
+        "bee",
+        "ant",
+        "boy",
+        "kid",
+        "son",
+        "dad",
+        "mom",
+        "cop",
+        "nun",
+        "cub",
+        "ram",
+        "ewe",
+        "rat",
+        "yak",
+        "emu",
+        "ape",
+        "hog",
+        "doe",
+        "pup",
+        "jay",
+        "eel",
+        "bug",
+        "vet",
+        "gnu",
+        "asp",
+    ]
+)
+VERBS = tuple(
+    [
+        "see",
+        "hit",
+        "hug",
+        "nag",
+        "rob",
+        "tap",
+        "pat",
+        "eye",
+        "get",
+        "let",
+        "tip",
+        "woo",
+        "vex",
+        "sue",
+        "pay",
+        "aid",
+    ]
+)
+ADJECTIVES = tuple(
+    [
+        "red",
+        "big",
+        "old",
+        "wet",
+        "hot",
+        "shy",
+        "sad",
+        "new",
+        "bad",
+        "fat",
+        "mad",
+        "dry",
+        "raw",
+        "coy",
+        "odd",
+        "tan",
+    ]
+)
+MOST_WORDS = len(NOUNS) + len(VERBS) + len(ADJECTIVES)
+LEAST_WORDS = 4  # two nouns, a verb and an adjective
+
+ORDERS = tuple("".join(order) for order in permutations("SVO"))
+PLURAL = "s"
+_LETTERS = string.ascii_uppercase
+_ADJECTIVE, _PLURAL = 0.5, 0.4  # of the noun phrases have one
+
+
+class Phrase(NamedTuple):
+    """A noun, whether it is many, and its adjective or "" for none."""
+
+    noun: str
+    is_plural: bool
+    adjective: str
+
+    @property
+    def english(self) -> str:
+        """Such as "big dogs"."""
+        noun = self.noun + PLURAL * self.is_plural
+        return f"{self.adjective} {noun}" if self.adjective else noun
+
+
+class Sentence(NamedTuple):
+    """Who does what to whom."""
+
+    subject: Phrase
+    verb: str
+    object: Phrase
+
+    @property
+    def english(self) -> str:
+        """Such as "big dogs see cat"."""
+        return f"{self.subject.english} {self.verb} {self.object.english}"
+
+    @property
+    def phrases(self) -> tuple[Phrase, Phrase]:
+        """Both noun phrases."""
+        return self.subject, self.object
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """The words and the rules of one language.
+
+    words            translation of each English word, and of the plural s, which is a word of its own
+    order            of subject, verb and object, such as "SOV"
+    adjective_first  an adjective stands before its noun, and before its plural word
+    plural_first     the plural word stands right before its noun
+    """
+
+    words: dict[str, str]
+    order: str
+    adjective_first: bool
+    plural_first: bool
+
+    def translate(self, sentence: Sentence) -> list[tuple[str, str]]:
+        """English and foreign words in the order of the language; the plural s is one of them."""
+        parts = {
+            "S": self._phrase(sentence.subject),
+            "V": [sentence.verb],
+            "O": self._phrase(sentence.object),
+        }
+        english = [word for letter in self.order for word in parts[letter]]
+        return [(word, self.words[word]) for word in english]
+
+    def _phrase(self, phrase: Phrase) -> list[str]:
+        noun = [phrase.noun]
+        if phrase.is_plural:
+            noun = [PLURAL, *noun] if self.plural_first else [*noun, PLURAL]
+        if not phrase.adjective:
+            return noun
+        return [phrase.adjective, *noun] if self.adjective_first else [*noun, phrase.adjective]
+
+    @property
+    def nouns(self) -> list[str]:
+        """Those that the language has a word for."""
+        return [word for word in NOUNS if word in self.words]
+
+    @property
+    def verbs(self) -> list[str]:
+        """Those that the language has a word for."""
+        return [word for word in VERBS if word in self.words]
+
+    @property
+    def adjectives(self) -> list[str]:
+        """Those that the language has a word for."""
+        return [word for word in ADJECTIVES if word in self.words]
+
+
+def draw_language(rng: np.random.Generator, words: int, letters: tuple[int, int]) -> Language:
+    """A language of so many words, a quarter of them verbs and a quarter adjectives, and a plural word.
+
+    letters: the least and the most of a foreign word. No two words are alike.
+
+    Raises:
+        ValueError: more or fewer words than there are, or letters that are no range from 1.
+    """
+    check_words(words, letters)
+    few = max(1, round(words / 4))
+    english = [
+        word
+        for pool, count in ((NOUNS, words - 2 * few), (VERBS, few), (ADJECTIVES, few))
+        for word in np.array(pool)[rng.permutation(len(pool))[:count]].tolist()
+    ]
+    foreign = _draw_words(rng, words + 1, letters)
+    return Language(
+        words=dict(zip([*english, PLURAL], foreign, strict=True)),
+        order=ORDERS[rng.integers(len(ORDERS))],
+        adjective_first=bool(rng.integers(2)),
+        plural_first=bool(rng.integers(2)),
+    )
+
+
+def check_words(words: int, letters: tuple[int, int]) -> None:
+    """Refuse a size of dictionary or of words that cannot be drawn.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not LEAST_WORDS <= words <= MOST_WORDS:
+        raise ValueError(
+            f"words={words} of a dictionary must be from {LEAST_WORDS} to {MOST_WORDS}: so many English words "
+            f"there are."
+        )
+    least, most = letters
+    if not 2 <= least <= most <= 8:
+        raise ValueError(f"letters={letters} must be the least and the most of a word, from 2 to 8.")
+
+
+def draw_sentences(rng: np.random.Generator, language: Language, count: int) -> list[Sentence]:
+    """Random sentences with the words of a language; subject and object are different nouns."""
+    nouns, verbs, adjectives = language.nouns, language.verbs, language.adjectives
+    chance = rng.random((count, 6))
+    first = (chance[:, 0] * len(nouns)).astype(int)
+    other = (first + 1 + (chance[:, 1] * (len(nouns) - 1)).astype(int)) % len(nouns)
+    verb = (chance[:, 2] * len(verbs)).astype(int)
+    plural = rng.random((count, 2)) < _PLURAL
+    # one draw says whether there is an adjective and which
+    adjective = np.where(
+        chance[:, 3:5] < _ADJECTIVE, (chance[:, 3:5] / _ADJECTIVE * len(adjectives)).astype(int), -1
+    )
+    choices = zip(*(x.tolist() for x in (first, other, verb, plural, adjective)), strict=True)
+    return [
+        Sentence(
+            Phrase(nouns[s], plurals[0], adjectives[a[0]] if a[0] >= 0 else ""),
+            verbs[v],
+            Phrase(nouns[o], plurals[1], adjectives[a[1]] if a[1] >= 0 else ""),
+        )
+        for s, o, v, plurals, a in choices
+    ]
+
+
+def is_shown(sentence: Sentence, examples: list[Sentence]) -> bool:
+    """Whether examples show every rule that a sentence needs: order, side of adjective, word and side of plural."""
+    has_adjective = any(phrase.adjective for one in examples for phrase in one.phrases)
+    has_plural = any(phrase.is_plural for one in examples for phrase in one.phrases)
+    return (
+        bool(examples)
+        and (has_adjective or not any(phrase.adjective for phrase in sentence.phrases))
+        and (has_plural or not any(phrase.is_plural for phrase in sentence.phrases))
+    )
+
+
+def _draw_words(rng: np.random.Generator, count: int, letters: tuple[int, int]) -> list[str]:
+    least, most = letters
+    words: dict[str, None] = {}
+    while len(words) < count:
+        sizes = rng.integers(least, most + 1, size=count).tolist()
+        drawn = rng.integers(len(_LETTERS), size=(count, most)).tolist()
+        words |= dict.fromkeys(
+            "".join(_LETTERS[i] for i in row[:size]) for row, size in zip(drawn, sizes, strict=True)
+        )
+    return list(words)[:count]
