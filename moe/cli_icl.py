@@ -1,4 +1,4 @@
-"""The command `sparse-moe icl`: trains a model that learns languages in context, measures it, draws the figure.
+"""The command `sparse-moe icl`: trains a model that learns languages in context, measures it, draws.
 
 Each `run_NAME(arguments, show)` is one action. What can be refused is refused before anything is measured,
 and files are written when all is.
@@ -63,7 +63,7 @@ def run_evaluation(arguments: argparse.Namespace, show: Show) -> int:
     from moe.probes.language.evaluate import check_run, evaluate_languages
     from moe.probes.language.exam import CONDITIONS
     from moe.probes.language.record import LanguageRecord
-    from moe.probes.language.table import format_tally
+    from moe.probes.language.table import format_filler, format_tally
     from moe.probes.needle.measured import measured_on
 
     exam, conditions = _exam(arguments), arguments.conditions or list(CONDITIONS)
@@ -75,7 +75,13 @@ def run_evaluation(arguments: argparse.Namespace, show: Show) -> int:
         for filler in arguments.filler:
             for condition in conditions:
                 for examples in arguments.examples:
-                    watch = Watch(run.name, condition, f"{examples} examples", filler, show=show)
+                    watch = Watch(
+                        run.name,
+                        condition,
+                        f"{examples} examples",
+                        f"filler {format_filler(filler)}",
+                        show=show,
+                    )
                     row = evaluate_languages(
                         run,
                         exam,

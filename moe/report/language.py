@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from moe.probes.language.exam import BOTH, CONDITIONS, DICTIONARY
 from moe.probes.language.record import LanguageRecord, LanguageRow, pool
+from moe.probes.language.table import format_filler
 from moe.probes.needle.record import Tally
 from moe.probes.needle.table import format_count, format_length
 from moe.report.style import BLUE, GREEN, GREY, ORANGE, STYLE
@@ -85,7 +86,7 @@ def draw_fillers(axes: Axes, rows: Sequence[LanguageRow]) -> None:
         chosen = [row for row in mine if row.examples in common]
         if chosen and len({row.filler for row in chosen}) > 1:
             _draw_line(axes, chosen, places, "filler", condition)
-    _finish(axes, [format_length(f) if f else "0" for f in fillers], "filler (bytes)")
+    _finish(axes, [format_filler(f) for f in fillers], "filler (bytes)")
 
 
 def _draw_line(

@@ -1,7 +1,7 @@
 """How well a trained run translates into languages that it meets in its context alone.
 
-A document is read once; every question goes on from it alone. The whole answer is right when every byte of it,
-its end included, is the likeliest one after the right bytes before it: that is the same as greedy decoding giving
+A document is read once; every question goes on from it alone. An answer is right when every byte of it, its
+end included, is the likeliest one after the right bytes before it: that is the same as greedy decoding giving
 exactly the answer, and one pass shows it. A word is right when that holds of its bytes.
 """
 
@@ -17,7 +17,7 @@ from moe.kv_cache import KVCache
 from moe.parameters import count_parameters
 from moe.prefill import prefill
 from moe.probes.language.document import Answer
-from moe.probes.language.exam import Exam, Paper, check_asked, write_paper
+from moe.probes.language.exam import Exam, check_asked, write_paper
 from moe.probes.language.record import LanguageRow
 from moe.probes.needle.evaluate import check_dtype, check_memory
 from moe.probes.needle.haystack_text import HaystackText
@@ -104,7 +104,7 @@ def evaluate_languages(
 
 @torch.no_grad()
 def mark(decoder: Decoder, cache: KVCache, answers: Sequence[Answer]) -> list[Marks]:
-    """What a decoder would write after each query, each alone after what the cache holds, against the answer."""
+    """What a decoder would write after each query, alone after what the cache holds, against the answer."""
     device = decoder.head_weight.device
     rows = [one.query + one.answer for one in answers]
     longest = max(map(len, rows))
@@ -129,8 +129,8 @@ def check_run(
     """Refuse what cannot be measured, before anything is.
 
     Raises:
-        ValueError: a run that was not trained on languages, a negative filler; as `check_asked`, `check_dtype`,
-            `check_memory`.
+        ValueError: a run that was not trained on languages, a negative filler; as `check_asked`,
+            `check_dtype`, `check_memory`.
     """
     if run.config.language is None:
         raise ValueError(
@@ -154,6 +154,3 @@ def _facts(text: HaystackText | None) -> TextFacts:
     if text is None:
         return {"root": "", "digest": "", "files": 0, "repeated": False}
     return facts_of_text(text)
-
-
-__all__ = ["Marks", "Paper", "check_run", "evaluate_languages", "mark"]

@@ -11,83 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Three letters each, so that entries of a dictionary look alike; plurals are regular
-NOUNS = tuple(
-    [
-        "dog",
-        "cat",
-        "cow",
-        "pig",
-        "hen",
-        "owl",
-        "bat",
-        "bee",
-        "ant",
-        "boy",
-        "kid",
-        "son",
-        "dad",
-        "mom",
-        "cop",
-        "nun",
-        "cub",
-        "ram",
-        "ewe",
-        "rat",
-        "yak",
-        "emu",
-        "ape",
-        "hog",
-        "doe",
-        "pup",
-        "jay",
-        "eel",
-        "bug",
-        "vet",
-        "gnu",
-        "asp",
-    ]
+
+def _parted(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+# Three letters each, so that entries of a dictionary look alike; all plurals are regular
+NOUNS = _parted(
+    "dog cat cow pig hen owl bat bee ant boy kid son dad mom cop nun "
+    "cub ram ewe rat yak emu ape hog doe pup jay eel bug vet gnu asp"
 )
-VERBS = tuple(
-    [
-        "see",
-        "hit",
-        "hug",
-        "nag",
-        "rob",
-        "tap",
-        "pat",
-        "eye",
-        "get",
-        "let",
-        "tip",
-        "woo",
-        "vex",
-        "sue",
-        "pay",
-        "aid",
-    ]
-)
-ADJECTIVES = tuple(
-    [
-        "red",
-        "big",
-        "old",
-        "wet",
-        "hot",
-        "shy",
-        "sad",
-        "new",
-        "bad",
-        "fat",
-        "mad",
-        "dry",
-        "raw",
-        "coy",
-        "odd",
-        "tan",
-    ]
-)
+VERBS = _parted("see hit hug nag rob tap pat eye get let tip woo vex sue pay aid")
+ADJECTIVES = _parted("red big old wet hot shy sad new bad fat mad dry raw coy odd tan")
 MOST_WORDS = len(NOUNS) + len(VERBS) + len(ADJECTIVES)
 LEAST_WORDS = 4  # two nouns, a verb and an adjective
 
@@ -210,8 +145,8 @@ def check_words(words: int, letters: tuple[int, int]) -> None:
     """
     if not LEAST_WORDS <= words <= MOST_WORDS:
         raise ValueError(
-            f"words={words} of a dictionary must be from {LEAST_WORDS} to {MOST_WORDS}: so many English words "
-            f"there are."
+            f"words={words} of a dictionary must be from {LEAST_WORDS} to {MOST_WORDS}: "
+            f"so many English words there are."
         )
     least, most = letters
     if not 2 <= least <= most <= 8:
@@ -242,7 +177,7 @@ def draw_sentences(rng: np.random.Generator, language: Language, count: int) -> 
 
 
 def is_shown(sentence: Sentence, examples: list[Sentence]) -> bool:
-    """Whether examples show every rule that a sentence needs: order, side of adjective, word and side of plural."""
+    """Whether examples show every rule that a sentence needs: of order, of adjectives, of plurals."""
     has_adjective = any(phrase.adjective for one in examples for phrase in one.phrases)
     has_plural = any(phrase.is_plural for one in examples for phrase in one.phrases)
     return (

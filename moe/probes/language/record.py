@@ -1,4 +1,4 @@
-"""What an evaluation of languages measured: plain data, kept as JSON. Tables and figures are made from it alone."""
+"""What an evaluation of languages measured: plain data, kept as JSON, for tables and figures."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -134,6 +134,7 @@ def _row(data: Any, where: str) -> LanguageRow:
     check_value(where, dict, data)
     try:
         check_keys(data, known=_FIELDS, required=_FIELDS)
-        return LanguageRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return LanguageRow(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

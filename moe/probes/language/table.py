@@ -37,7 +37,8 @@ def describe(rows: Iterable[LanguageRow]) -> str:
     letters = " and ".join(sorted({one.letters for one in rows}))
     repeated = "; REPEATED text" if any(one.text["repeated"] for one in rows) else ""
     return (
-        f"{row.run}, step {row.step}: {format_count(row.total)} parameters, {format_count(row.active)} active; "
+        f"{row.run}, step {row.step}: {format_count(row.total)} parameters, "
+        f"{format_count(row.active)} active; "
         f"words of {letters} bytes; in a cell {asked}; {row.path}; {row.dtype}{repeated}"
     )
 
@@ -49,7 +50,7 @@ def sentences_table(rows: Iterable[LanguageRow]) -> list[str]:
     lines: list[tuple[str, ...]] = []
     for words, filler, condition in _settings(rows):
         here = {row.examples: row for row in rows if _setting(row) == (words, filler, condition)}
-        head = (str(words), format_length(filler), condition)
+        head = (str(words), format_filler(filler), condition)
         lines.append((*head, *_cells(here, examples, lambda row: row.tally)))
         if not CONDITIONS[condition].has_grammar and CONDITIONS[condition].entries == 1:
             lines.append(("", "", SHOWN, *_cells(here, examples, lambda row: row.tally_shown)))
@@ -64,7 +65,7 @@ def words_table(rows: Iterable[LanguageRow]) -> list[str]:
     for words, filler, condition in _settings(rows):
         here = {row.examples: row for row in rows if _setting(row) == (words, filler, condition)}
         cells = (format_percent(here[k].tally_words.recall) if k in here else ABSENT for k in examples)
-        lines.append((str(words), format_length(filler), condition, *cells))
+        lines.append((str(words), format_filler(filler), condition, *cells))
     return table(_head("words, %", examples), lines)
 
 
@@ -84,6 +85,11 @@ def format_tally(found: Tally) -> str:
         return f"{found.right}/{found.asked} ≥ {format_percent(found.lower_bound)}"
     most = 1 - Tally(found.asked - found.right, found.asked).lower_bound
     return f"{found.right}/{found.asked} ≤ {100 * most + 0.05:.1f}"  # rounded up
+
+
+def format_filler(size: int) -> str:
+    """0, or a length such as 64k."""
+    return format_length(size) if size else "0"
 
 
 def _head(what: str, examples: list[int]) -> tuple[str, ...]:

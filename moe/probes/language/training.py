@@ -1,4 +1,7 @@
-"""Training documents: fresh languages, many sentences each, all predicted; a pure function of (text, config, seed, step)."""
+"""Training documents: fresh languages, each with many sentences, all of which are predicted.
+
+A batch is a pure function of (text, config, seed, step).
+"""
 
 import math
 from dataclasses import dataclass
