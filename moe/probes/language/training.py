@@ -88,10 +88,10 @@ def training_batch(
         for row, end in zip(rows, ends, strict=True)
     ]
     ids = np.stack(padded).astype(np.int64)
-    places = np.stack([_padded(row.places, most, fill=len(row.text) - 1) for row in rows])
+    places = np.stack([_padded(row.places, most, fill=int(row.places[-1])) for row in rows])
     pointers = np.stack([_padded(row.pointers, most, fill=-1) for row in rows])
     is_answer = np.arange(most) < np.array([len(row.places) for row in rows])[:, None]
-    targets = np.take_along_axis(ids, np.minimum(places + 1, length - 1), 1)
+    targets = np.take_along_axis(ids, places + 1, 1)
     made = ids, places, targets, is_answer, pointers
     return TrainingBatch(*map(torch.from_numpy, made))
 
