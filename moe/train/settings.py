@@ -166,9 +166,12 @@ class RunConfig:
                 f"{LEAST_BPE_VOCABULARY}: {BYTE_VOCABULARY} bytes, an end of text and one merge. "
                 f"Set model.vocab_size=4096."
             )
-        if self.needle is not None and self.data.tokenizer != "bytes":
+        tasks = [part for part in TASKS if getattr(self, part) is not None]
+        if len(tasks) > 1:
+            raise ValueError(f"a run has one task, got the parts {tasks}: leave all but one out.")
+        if tasks and self.data.tokenizer != "bytes":
             raise ValueError(
-                f"data.tokenizer={self.data.tokenizer!r} with a part needle: needles are made of bytes. "
+                f"data.tokenizer={self.data.tokenizer!r} with a part {tasks[0]}: it is made of bytes. "
                 f'Set data.tokenizer="bytes" and model.vocab_size={BYTE_VOCABULARY}.'
             )
         if self.needle is not None and self.data.sequence_length < self.needle.least_length:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from moe.probes.language.grammar import check_words
 
+LEAST_SENTENCES, LEAST_FILLER = 2, 20  # of a document that has several, or some
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LanguageConfig:
@@ -27,8 +29,30 @@ class LanguageConfig:
     pointer_loss: float = 0.0  # weight of the attention on the byte to copy; 0 switches it off
 
     def __post_init__(self) -> None:
+        if len(self.letters) != 2:
+            raise ValueError(
+                f"language.letters={list(self.letters)} must be two numbers: the least and the most."
+            )
         check_words(self.words, self.letter_range)
         check_words(self.most_words, self.letter_range)
+        for name in ("grammar_share", "dictionary_share", "large_share", "filler_share", "ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"language.{name}={getattr(self, name)} is a share: give a number from 0 to 1."
+                )
+        for name, least in (
+            ("most_words", self.words),
+            ("most_sentences", LEAST_SENTENCES),
+            ("first_filler", LEAST_FILLER),
+            ("most_filler", self.first_filler),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"language.{name}={getattr(self, name)} must be at least {least}.")
+        if not 0 <= self.pointer_loss < float("inf"):
+            raise ValueError(
+                f"language.pointer_loss={self.pointer_loss} is the weight of a loss: "
+                f"give a number from 0, which switches it off."
+            )
 
     @property
     def letter_range(self) -> tuple[int, int]:

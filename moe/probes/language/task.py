@@ -11,7 +11,6 @@ from moe.cross_entropy import IGNORED
 from moe.decoder import Decoder, DecoderLoss
 from moe.losses import pointer_loss
 from moe.probes.language.training import training_batch
-from moe.probes.needle.task import shares
 from moe.train.data import Windows
 from moe.train.settings import RunConfig
 
@@ -25,8 +24,8 @@ class LearnLanguages:
         self.text = cast("NDArray[np.uint8]", windows.tokens)  # bytes are the only tokens of languages
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """The tensors of a `TrainingBatch`, and totals (b 2) int64, the same in each row: the answers and the
-        sequences of all parts, as `FindNeedles` has them.
+        """The tensors of a `TrainingBatch`, and totals (b 3) int64, the same in each row: predicted bytes,
+        pointers and documents of all parts, without which means of unlike parts would not add up.
         """
         train = self.config.train
         made = training_batch(
@@ -39,18 +38,26 @@ class LearnLanguages:
             steps=train.steps,
         )
         count = len(made.ids)
-        totals = torch.tensor([[int(made.is_answer.sum()), count]] * count)
+        totals = torch.tensor([[int(made.is_answer.sum()), int((made.pointers >= 0).sum()), count]] * count)
         return made.ids, made.places, made.targets, made.is_answer, made.pointers, totals
 
     def loss(self, model: Decoder, *batch: Tensor) -> DecoderLoss:
         """`cross_entropy` is that of the translations."""
         ids, places, targets, is_answer, pointers, totals = batch
         hidden = model.hidden(ids, at=places)
-        share, _ = shares(is_answer, totals)
-        answers = model.cross_entropy(hidden.states, targets.where(is_answer, IGNORED)) * share
+        answers = model.cross_entropy(hidden.states, targets.where(is_answer, IGNORED))
+        answers = answers * share(is_answer, totals[0, 0], totals)
         total = answers
         if self.language.pointer_loss:
             looked = hidden.attended
-            found = pointer_loss(looked.queries, looked.keys, places, pointers) * share
-            total = total + self.language.pointer_loss * found
+            found = pointer_loss(looked.queries, looked.keys, places, pointers)
+            total = total + self.language.pointer_loss * found * share(pointers >= 0, totals[0, 1], totals)
         return model.with_router_losses(answers, total, hidden, len(ids))
+
+
+def share(mine: Tensor, whole: Tensor, totals: Tensor) -> Tensor:
+    """What these documents have (b m) of a whole, over what as many documents of the batch have on average.
+
+    1 where these are all of it.
+    """
+    return totals[0, 2] * mine.sum() / (len(mine) * whole.clamp(min=1))

@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.probes.language.config import LanguageConfig
+from moe.probes.language.config import LEAST_FILLER, LEAST_SENTENCES, LanguageConfig
 from moe.probes.language.document import Piece, ask, book, lay_out
 from moe.probes.language.grammar import draw_language, draw_sentences
 
 Array = NDArray[np.int64]
-LEAST_FILLER = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,13 +50,13 @@ def draw_shape(rng: np.random.Generator, config: LanguageConfig, done: float) ->
     words = config.words
     if rng.random() < config.large_share:
         words = _log_uniform(rng, config.words, config.most_words)
-    sentences = _log_uniform(rng, 2, config.most_sentences)
+    sentences = _log_uniform(rng, LEAST_SENTENCES, config.most_sentences)
     filler = 0
     if rng.random() < config.filler_share:
         most = config.first_filler + min(done / max(config.ramp, 1e-9), 1) * (
             config.most_filler - config.first_filler
         )
-        filler = _log_uniform(rng, LEAST_FILLER, max(int(most), LEAST_FILLER))
+        filler = _log_uniform(rng, LEAST_FILLER, int(most))
     return Shape(words, sentences, filler)
 
 
@@ -74,13 +73,18 @@ def training_batch(
     """The documents of one step, counted from 0, of a run of `steps`, with filler from `text`.
 
     budget: bytes of the batch, about. The number of documents is a multiple of `multiple`.
+
+    Raises:
+        ValueError: a text that is shorter than a document.
     """
     rng = np.random.default_rng([seed, step])
     shape = draw_shape(rng, config, step / steps)
+    _check_text(text, shape.filler)
     rows = [_draw_row(rng, text, config, shape)]
     count = max(1, budget // len(rows[0].text) // multiple) * multiple
     rows += [_draw_row(rng, text, config, shape) for _ in range(count - 1)]
     length = max(len(row.text) for row in rows)
+    _check_text(text, length)
     most = max(len(row.places) for row in rows)
     ends = rng.integers(len(text) - length, size=count).tolist()
     padded = [
@@ -125,6 +129,14 @@ def _draw_row(
             pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
             pointers.append(-1)  # the space or the end
     return _Row(laid.text, np.array(places), np.array(pointers))
+
+
+def _check_text(text: NDArray[np.uint8], length: int) -> None:
+    if len(text) <= length:
+        raise ValueError(
+            f"the text of {len(text)} bytes must be longer than a document, of which it has to fill up to "
+            f"{length}. Give more text (data.folder), or lower language.most_filler."
+        )
 
 
 def _padded(values: Array, size: int, fill: int) -> Array:
