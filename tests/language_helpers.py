@@ -11,7 +11,7 @@ from needle_helpers import Oracle, as_bytes, write_text
 from torch import Tensor
 
 from moe.kv_cache import KVCache
-from moe.probes.language.grammar import VERBS, Language, Phrase, Sentence
+from moe.probes.language.grammar import Language, Phrase, Sentence
 from moe.train.overrides import change, find_preset
 from moe.train.runs import Run
 from moe.train.tokenizer import ByteTokenizer
@@ -22,14 +22,17 @@ ENTRY = re.compile(rb"\n([a-z]{3})([A-Z]+);")
 
 def parse(english: str) -> Sentence:
     """The sentence that reads so."""
-    words = english.split()
-    verb = next(i for i, word in enumerate(words) if word in VERBS)
-    return Sentence(parse_phrase(words[:verb]), words[verb], parse_phrase(words[verb + 1 :]))
+    words: dict[str, list[str]] = {"S": [], "V": [], "O": []}
+    for word in english.split():
+        words[word[0]].append(word[1:])
+    (verb,) = words["V"]
+    return Sentence(parse_phrase(words["S"], "S"), verb, parse_phrase(words["O"], "O"))
 
 
-def parse_phrase(words: list[str]) -> Phrase:
+def parse_phrase(words: list[str], role: str) -> Phrase:
+    """The noun phrase of one adjective or none and a noun."""
     *adjective, noun = words
-    return Phrase(noun[:3], noun.endswith("s") and len(noun) == 4, adjective[0] if adjective else "")
+    return Phrase(noun[:3], len(noun) == 4, adjective[0] if adjective else "", role)
 
 
 class Translator(Oracle):
@@ -66,7 +69,8 @@ class Translator(Oracle):
         language = Language(
             Known(words | {"s": some.decode()}), order.decode(), adjective == b"AN", plural == b"PN"
         )
-        answer = " ".join(word for _, word in language.translate(parse(english.decode()))) + ";"
+        parts = language.translate(parse(english.decode()))
+        answer = " ".join(part.gloss + part.foreign for part in parts) + ";"
         return ord(answer[len(written)]) if answer.encode().startswith(written) else ord("!")
 
 

@@ -19,13 +19,15 @@ from moe.probes.language.grammar import (
     Language,
     Phrase,
     Sentence,
+    Word,
+    draw_items,
     draw_language,
     draw_sentences,
     is_shown,
 )
 from moe.probes.language.training import draw_shape, training_batch
 
-DOGS, CAT = Phrase("dog", True, "big"), Phrase("cat", False, "")
+DOGS, CAT = Phrase("dog", True, "big"), Phrase("cat", False, "", "O")
 SEE = Sentence(DOGS, "see", CAT)
 WORDS = {"dog": "DDD", "cat": "CCC", "see": "VVV", "big": "BBB", "s": "PPP"}
 
@@ -40,15 +42,16 @@ def rng(seed: int = 0) -> np.random.Generator:
 @pytest.mark.parametrize(
     ("order", "adjective_first", "plural_first", "expected"),
     [
-        ("SVO", True, True, "BBB PPP DDD VVV CCC"),
-        ("SOV", False, True, "PPP DDD BBB CCC VVV"),
-        ("VOS", True, False, "VVV CCC BBB DDD PPP"),
-        ("OSV", False, False, "CCC DDD PPP BBB VVV"),
+        ("SVO", True, True, "SaBBB SpPPP SnDDD VvVVV OnCCC"),
+        ("SOV", False, True, "SpPPP SnDDD SaBBB OnCCC VvVVV"),
+        ("VOS", True, False, "VvVVV OnCCC SaBBB SnDDD SpPPP"),
+        ("OSV", False, False, "OnCCC SnDDD SpPPP SaBBB VvVVV"),
     ],
 )
 def test_a_sentence_follows_the_rules_of_its_language(order, adjective_first, plural_first, expected):
     language = Language(WORDS, order, adjective_first, plural_first)
-    assert " ".join(word for _, word in language.translate(SEE)) == expected
+    assert ask(language, SEE).answer.decode() == expected + ";"
+    assert ask(language, SEE).query.decode() == "\n?Sbig Sdogs Vsee Ocat>"
 
 
 def test_a_language_has_as_many_different_words_as_asked_and_a_plural():
@@ -101,8 +104,8 @@ def test_sentences_use_the_words_of_the_language_and_two_different_nouns():
 
 
 def test_a_rule_is_shown_by_an_example_that_needs_it():
-    plain = Sentence(CAT, "see", Phrase("dog", False, ""))
-    big, many = (Sentence(CAT, "see", Phrase("dog", *words)) for words in ((False, "big"), (True, "")))
+    plain = Sentence(CAT, "see", Phrase("dog", False, "", "O"))
+    big, many = (Sentence(CAT, "see", Phrase("dog", *words, "O")) for words in ((False, "big"), (True, "")))
     assert not is_shown(plain, []) and is_shown(plain, [plain])
     assert not is_shown(big, [plain, many]) and is_shown(big, [plain, big])
     assert not is_shown(many, [plain, big]) and is_shown(many, [many])
@@ -137,7 +140,7 @@ def test_a_question_is_read_as_what_it_asks():
     for sentence in draw_sentences(rng(1), language, 50):
         one = ask(language, sentence)
         assert parse(one.query.decode()[2:-1]) == sentence
-        assert one.answer.decode() == " ".join(one.foreign) + ";"
+        assert one.answer.decode() == " ".join(part.gloss + part.foreign for part in one.parts) + ";"
 
 
 def test_pieces_are_laid_out_in_order_with_all_of_the_filler_between_them():
@@ -173,7 +176,7 @@ def test_all_translations_and_nothing_else_are_predicted():
         made = batch(step)
         assert torch.equal(made.ids.gather(1, made.places + 1), made.targets)
         for ids, targets, is_answer in zip(made.ids, made.targets, made.is_answer, strict=True):
-            answers = re.findall(rb"\n\?[a-z ]+>([A-Z ]+;)", bytes(ids.tolist()))
+            answers = re.findall(rb"\n\?[SVOa-z ]+>([A-Za-z ]+;)", bytes(ids.tolist()))
             assert bytes(targets[is_answer].tolist()) == b"".join(answers)
 
 
@@ -218,6 +221,26 @@ def test_filler_grows_to_its_most():
     late = [draw_shape(rng(seed), config, 0.5).filler for seed in range(300)]
     assert max(early) <= config.first_filler and config.first_filler < max(late) <= config.most_filler
     assert not draw_shape(rng(), LanguageConfig(filler_share=0.0), 1.0).filler
+
+
+def test_exercises_are_words_and_phrases_and_become_fewer():
+    def kinds(done: float, exercises: float) -> list[float]:
+        shape = draw_shape(rng(), LanguageConfig(exercises=exercises, exercise_ramp=0.5), done)
+        language = draw_language(rng(1), 11, (3, 3))
+        items = draw_items(rng(2), language, 4000, words=shape.single, phrases=shape.phrases)
+        return [np.mean([isinstance(item, kind) for item in items]) for kind in (Word, Phrase, Sentence)]
+
+    assert np.allclose(kinds(0.0, 0.1), [0.4, 0.4, 0.2], atol=0.04)
+    assert np.allclose(kinds(0.25, 0.1), [0.25, 0.3, 0.45], atol=0.04)
+    assert np.allclose(kinds(0.5, 0.1), [0.1, 0.2, 0.7], atol=0.04)
+    assert np.allclose(kinds(0.9, 0.0), [0, 0, 1])
+
+
+def test_an_exercise_is_translated_as_a_part_of_a_sentence_is():
+    language = Language(WORDS, "SVO", True, False)
+    asked = [ask(language, item) for item in (DOGS, CAT, Word("see"))]
+    assert [one.answer for one in asked] == [b"SaBBB SnDDD SpPPP;", b"OnCCC;", b"VVV;"]
+    assert [one.query for one in asked] == [b"\n?Sbig Sdogs>", b"\n?Ocat>", b"\n?see>"]
 
 
 def test_shares_of_documents_have_grammar_and_dictionary():

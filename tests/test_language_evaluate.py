@@ -151,11 +151,11 @@ def test_marks_are_those_of_greedy_decoding(exam):
         out = decoder.generate(whole, max_new_tokens=len(answer.answer), temperature=0.0)
         written.append(answer._replace(answer=bytes(out[0, whole.shape[1] :].tolist())))
     assert [(m.is_exact, m.words_right) for m in mark(decoder, cache, written)] == [
-        (True, len(one.words)) for one in written
+        (True, len(one.parts)) for one in written
     ]
     other = [one._replace(answer=one.answer[:-1] + bytes([one.answer[-1] ^ 1])) for one in written]
     assert [(m.is_exact, m.words_right) for m in mark(decoder, cache, other)] == [
-        (False, len(one.words)) for one in written
+        (False, len(one.parts)) for one in written
     ]
 
 

@@ -16,17 +16,19 @@ class LanguageConfig:
     """
 
     words: int = 11  # of the dictionary of a small book
-    most_words: int = 11  # of a large one: the numbers between are drawn log-uniformly
-    large_share: float = 0.0  # of the batches: large books
-    letters: tuple[int, ...] = (3, 3)  # the least and the most of a foreign word
-    grammar_share: float = 0.5  # of the documents have a grammar line
+    most_words: int = 64  # of a large one: the numbers between are drawn log-uniformly
+    large_share: float = 0.15  # of the batches: large books
+    letters: tuple[int, ...] = (2, 4)  # the least and the most of a foreign word
+    grammar_share: float = 0.6  # of the documents have a grammar line
     dictionary_share: float = 0.9  # have a dictionary
     most_sentences: int = 17  # of a document; from 2, log-uniformly
+    exercises: float = 0.1  # of the sentences are single words, twice as many noun phrases; at first most are
+    exercise_ramp: float = 0.15  # of the steps: until then that share falls from 0.4 and 0.4
     filler_share: float = 0.4  # of the batches have text between the pieces
     most_filler: int = 1000  # bytes of it; from 20, log-uniformly
     first_filler: int = 40  # the most at the beginning
     ramp: float = 0.6  # of the steps: until then the most filler grows to `most_filler`
-    pointer_loss: float = 0.0  # weight of the attention on the byte to copy; 0 switches it off
+    pointer_loss: float = 0.5  # weight of the attention on the byte to copy; 0 switches it off
 
     def __post_init__(self) -> None:
         if len(self.letters) != 2:
@@ -35,7 +37,7 @@ class LanguageConfig:
             )
         check_words(self.words, self.letter_range)
         check_words(self.most_words, self.letter_range)
-        for name in ("grammar_share", "dictionary_share", "large_share", "filler_share", "ramp"):
+        for name in ("grammar_share", "dictionary_share", "large_share", "filler_share", "ramp", "exercises"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"language.{name}={getattr(self, name)} is a share: give a number from 0 to 1."

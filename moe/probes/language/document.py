@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.probes.language.grammar import PLURAL, Language, Sentence
+from moe.probes.language.grammar import PLURAL, Item, Language, Part
 
 END = ";"
 
@@ -27,12 +27,11 @@ class Piece(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A question and its answer; `words` are the English words in the order of the answer."""
+    """A question and its answer, with its end; `parts` are its words and their glosses."""
 
     query: bytes
-    answer: bytes  # with its end
-    words: list[str]
-    foreign: list[str]
+    answer: bytes
+    parts: list[Part]
 
 
 def grammar_line(language: Language) -> Piece:
@@ -48,16 +47,11 @@ def entry(language: Language, word: str) -> Piece:
     return Piece(f"\n{word}{language.words[word]}{END}".encode(), {word: len(word) + 1})
 
 
-def ask(language: Language, sentence: Sentence) -> Answer:
-    """A sentence, and what should be written after it."""
-    pairs = language.translate(sentence)
-    answer = " ".join(foreign for _, foreign in pairs) + END
-    return Answer(
-        f"\n?{sentence.english}>".encode(),
-        answer.encode(),
-        [word for word, _ in pairs],
-        [foreign for _, foreign in pairs],
-    )
+def ask(language: Language, what: Item) -> Answer:
+    """A sentence, phrase or word, and what should be written after it."""
+    parts = language.translate(what)
+    answer = " ".join(part.gloss + part.foreign for part in parts) + END
+    return Answer(f"\n?{what.english}>".encode(), answer.encode(), parts)
 
 
 def book(rng: np.random.Generator, language: Language, *, has_grammar: bool, entries: float) -> list[Piece]:

@@ -115,9 +115,10 @@ def mark(decoder: Decoder, cache: KVCache, answers: Sequence[Answer]) -> list[Ma
     for one, hits in zip(answers, likeliest.tolist(), strict=True):
         start = len(one.query) - 1
         right = hits[start : start + len(one.answer)]
-        ends = np.cumsum([len(word) + 1 for word in one.foreign]).tolist()
+        ends = np.cumsum([len(part.gloss) + len(part.foreign) + 1 for part in one.parts]).tolist()
         words = [
-            all(right[end - len(word) - 1 : end - 1]) for word, end in zip(one.foreign, ends, strict=True)
+            all(right[end - len(part.foreign) - 1 : end - 1])
+            for part, end in zip(one.parts, ends, strict=True)
         ]
         marked.append(Marks(all(right), sum(words), len(words)))
     return marked

@@ -33,17 +33,18 @@ _ADJECTIVE, _PLURAL = 0.5, 0.4  # of the noun phrases have one
 
 
 class Phrase(NamedTuple):
-    """A noun, whether it is many, and its adjective or "" for none."""
+    """A noun, whether it is many, its adjective or "" for none, and its role in the sentence, S or O."""
 
     noun: str
     is_plural: bool
     adjective: str
+    role: str = "S"
 
     @property
     def english(self) -> str:
-        """Such as "big dogs"."""
+        """Such as "Sbig Sdogs": each word behind the letter of its role."""
         noun = self.noun + PLURAL * self.is_plural
-        return f"{self.adjective} {noun}" if self.adjective else noun
+        return " ".join(self.role + word for word in (self.adjective, noun) if word)
 
 
 class Sentence(NamedTuple):
@@ -55,13 +56,33 @@ class Sentence(NamedTuple):
 
     @property
     def english(self) -> str:
-        """Such as "big dogs see cat"."""
-        return f"{self.subject.english} {self.verb} {self.object.english}"
+        """Such as "Sbig Sdogs Vsee Ocat"."""
+        return f"{self.subject.english} V{self.verb} {self.object.english}"
 
     @property
     def phrases(self) -> tuple[Phrase, Phrase]:
         """Both noun phrases."""
         return self.subject, self.object
+
+
+class Word(NamedTuple):
+    """One word."""
+
+    english: str
+
+
+Item = Sentence | Phrase | Word
+
+
+class Part(NamedTuple):
+    """A word of a translation, behind a gloss of two letters: its role and what it is.
+
+    "Sn" is the noun of the subject; v, a and p are verb, adjective and plural word. A word alone has no gloss.
+    """
+
+    gloss: str
+    english: str
+    foreign: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +100,30 @@ class Language:
     adjective_first: bool
     plural_first: bool
 
-    def translate(self, sentence: Sentence) -> list[tuple[str, str]]:
-        """English and foreign words in the order of the language; the plural s is one of them."""
+    def translate(self, what: Item) -> list[Part]:
+        """The words of the translation, in the order of the language; the plural s is one of them."""
+        if isinstance(what, Word):
+            return [self._part("", what.english)]
+        if isinstance(what, Phrase):
+            return self._phrase(what)
         parts = {
-            "S": self._phrase(sentence.subject),
-            "V": [sentence.verb],
-            "O": self._phrase(sentence.object),
+            "S": self._phrase(what.subject),
+            "V": [self._part("Vv", what.verb)],
+            "O": self._phrase(what.object),
         }
-        english = [word for letter in self.order for word in parts[letter]]
-        return [(word, self.words[word]) for word in english]
+        return [part for letter in self.order for part in parts[letter]]
 
-    def _phrase(self, phrase: Phrase) -> list[str]:
-        noun = [phrase.noun]
+    def _phrase(self, phrase: Phrase) -> list[Part]:
+        parts = [self._part(phrase.role + "n", phrase.noun)]
         if phrase.is_plural:
-            noun = [PLURAL, *noun] if self.plural_first else [*noun, PLURAL]
-        if not phrase.adjective:
-            return noun
-        return [phrase.adjective, *noun] if self.adjective_first else [*noun, phrase.adjective]
+            parts.insert(not self.plural_first, self._part(phrase.role + "p", PLURAL))
+        if phrase.adjective:
+            adjective = self._part(phrase.role + "a", phrase.adjective)
+            parts.insert(0 if self.adjective_first else len(parts), adjective)
+        return parts
+
+    def _part(self, gloss: str, english: str) -> Part:
+        return Part(gloss, english, self.words[english])
 
     @property
     def nouns(self) -> list[str]:
@@ -170,10 +198,27 @@ def draw_sentences(rng: np.random.Generator, language: Language, count: int) -> 
         Sentence(
             Phrase(nouns[s], plurals[0], adjectives[a[0]] if a[0] >= 0 else ""),
             verbs[v],
-            Phrase(nouns[o], plurals[1], adjectives[a[1]] if a[1] >= 0 else ""),
+            Phrase(nouns[o], plurals[1], adjectives[a[1]] if a[1] >= 0 else "", "O"),
         )
         for s, o, v, plurals, a in choices
     ]
+
+
+def draw_items(
+    rng: np.random.Generator, language: Language, count: int, *, words: float, phrases: float
+) -> list[Item]:
+    """Random sentences; of shares of them, a word alone, and one of the phrases alone."""
+    items: list[Item] = []
+    for sentence, chance in zip(
+        draw_sentences(rng, language, count), rng.random(count).tolist(), strict=True
+    ):
+        if chance < words:
+            noun, _, adjective, _ = sentence.subject
+            items.append(Word([noun, sentence.verb, adjective or noun][int(3 * chance / words)]))
+        else:
+            phrase = sentence.phrases[chance < words + phrases / 2]
+            items.append(phrase if chance < words + phrases else sentence)
+    return items
 
 
 def is_shown(sentence: Sentence, examples: list[Sentence]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe.probes.language.config import LEAST_FILLER, LEAST_SENTENCES, LanguageConfig
 from moe.probes.language.document import Piece, ask, book, lay_out
-from moe.probes.language.grammar import draw_language, draw_sentences
+from moe.probes.language.grammar import draw_items, draw_language
 
 Array = NDArray[np.int64]
 
@@ -43,6 +43,8 @@ class Shape(NamedTuple):
     words: int
     sentences: int
     filler: int
+    single: float  # the share of words among the sentences
+    phrases: float
 
 
 def draw_shape(rng: np.random.Generator, config: LanguageConfig, done: float) -> Shape:
@@ -57,7 +59,10 @@ def draw_shape(rng: np.random.Generator, config: LanguageConfig, done: float) ->
             config.most_filler - config.first_filler
         )
         filler = _log_uniform(rng, LEAST_FILLER, int(most))
-    return Shape(words, sentences, filler)
+    begun = max(1 - done / max(config.exercise_ramp, 1e-9), 0.0)
+    single = config.exercises + begun * max(0.4 - config.exercises, 0)
+    phrases = min(2 * config.exercises, 0.4) + begun * max(0.4 - 2 * config.exercises, 0)
+    return Shape(words, sentences, filler, single, phrases)
 
 
 def training_batch(
@@ -112,7 +117,8 @@ def _draw_row(
     language = draw_language(rng, shape.words, config.letter_range)
     has_grammar, has_words = (rng.random(2) < (config.grammar_share, config.dictionary_share)).tolist()
     pieces = book(rng, language, has_grammar=has_grammar, entries=float(has_words))
-    answers = [ask(language, sentence) for sentence in draw_sentences(rng, language, shape.sentences)]
+    items = draw_items(rng, language, shape.sentences, words=shape.single, phrases=shape.phrases)
+    answers = [ask(language, item) for item in items]
     begin = int(rng.integers(len(text) - shape.filler))
     laid = lay_out(
         rng,
@@ -124,8 +130,9 @@ def _draw_row(
     for one, start in zip(answers, laid.starts[len(pieces) :], strict=True):
         place = start + len(one.query) - 1
         places += range(place, place + len(one.answer))
-        for word, foreign in zip(one.words, one.foreign, strict=True):
-            at = laid.words.get(word)
+        for gloss, english, foreign in one.parts:
+            at = laid.words.get(english)
+            pointers += [-1] * len(gloss)
             pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
             pointers.append(-1)  # the space or the end
     return _Row(laid.text, np.array(places), np.array(pointers))
