@@ -77,7 +77,7 @@ Item = Sentence | Phrase | Word
 class Part(NamedTuple):
     """A word of a translation, behind a gloss of two letters: its role and what it is.
 
-    "Sn" is the noun of the subject; v, a and p are verb, adjective and plural word. A word alone has no gloss.
+    "Sn" is the noun of the subject; v, a, p are verb, adjective and plural word. A word alone has no gloss.
     """
 
     gloss: str
