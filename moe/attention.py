@@ -100,8 +100,10 @@ class GroupedQueryAttention(nn.Module):
         self.ssmax = None
         if config.use_ssmax and self.window is None:  # begins as an ordinary layer at the trained length
             self.ssmax = nn.Parameter(torch.full((n,), 1 / math.log(config.max_position_embeddings)))
-        if config.attention_init == "induction" and self.window is None:
+        if config.attention_init != "normal" and self.window is None:
             self._init_induction()
+        if config.attention_init == "copying" and self.window is not None:
+            self._init_copying(std)
 
     @torch.no_grad()
     def _init_induction(self) -> None:
@@ -114,6 +116,16 @@ class GroupedQueryAttention(nn.Module):
         self.q_proj.weight.copy_(repeat(keys, "g c d -> (g r c) d", r=group))
         assert self.k_conv is not None, "the config asks for a convolution on the keys"
         self.k_conv.shift_()
+
+    @torch.no_grad()
+    def _init_copying(self, std: float) -> None:
+        """Outputs undo values, up to noise: a token receives what its heads look at, as it is, on average.
+
+        So what a sliding layer picks is at once what the layers after it can look up.
+        """
+        n, g = self.config.num_attention_heads, self.config.kv_heads
+        back = rearrange(self.v_proj.weight, "(g c) d -> g d c", g=g) / (n * self.head_size * std**2)
+        self.o_proj.weight.copy_(repeat(back, "g d c -> d (g r c)", r=n // g))
 
     def forward(
         self,

@@ -12,7 +12,7 @@ LossConvention = Literal["hf", "megatron", "olmo", "megablocks"]
 LossGranularity = Literal["layer", "sequence"]
 QKNorm = Literal["head", "full"]
 LayerType = Literal["full_attention", "sliding_attention"]
-AttentionInit = Literal["normal", "induction"]
+AttentionInit = Literal["normal", "induction", "copying"]
 LETTERS: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attention"}
 
 
@@ -60,7 +60,8 @@ class DecoderConfig(MoEConfig):
     # layers and a full (global) one, "LLLGx2" the same twice
     layer_types: tuple[LayerType, ...] | str | None = None
     use_ssmax: bool = False  # full layers: logits grow with the logarithm of the number of keys (2501.19399)
-    attention_init: AttentionInit = "normal"  # "induction": full layers begin as induction heads
+    # "induction": full layers begin as induction heads; "copying": and sliding ones give back what they see
+    attention_init: AttentionInit = "normal"
 
     # Short causal convolutions (Canon layers, 2512.17351): one word for each layer, of the letters
     # A before attention, B on queries, keys and values, K on keys alone, C before the feed-forward
@@ -180,18 +181,18 @@ class DecoderConfig(MoEConfig):
             raise ValueError(f"canon_kernel={self.canon_kernel} must be at least 2: one tap is the token.")
         if self.kv_lora_rank is not None and any(set(word) & set("BK") for word in words or ()):
             raise ValueError(f"canon_set={words}: latent attention has no convolutions B and K.")
-        if self.attention_init == "induction":
+        if self.attention_init != "normal":
             self._check_induction()
 
     def _check_induction(self) -> None:
         full = [i for i in range(self.num_hidden_layers) if self.window(i) is None]
         if self.kv_lora_rank is not None or not full:
             what = "there is no full layer" if self.kv_lora_rank is None else "latent attention has no shift"
-            raise ValueError(f'attention_init="induction": {what}. Set attention_init="normal".')
+            raise ValueError(f'attention_init="{self.attention_init}": {what}. Set attention_init="normal".')
         if not all(set(self.canon_letters(i)) & set("BK") for i in full):
             raise ValueError(
-                f'attention_init="induction" shifts the keys of full layers {full} by one token: each '
-                f"needs B or K in canon_set={self.canon_set}."
+                f'attention_init="{self.attention_init}" shifts the keys of full layers {full} by one token: '
+                f"each needs B or K in canon_set={self.canon_set}."
             )
 
     def to_dict(self) -> dict[str, Any]:

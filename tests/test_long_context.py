@@ -12,7 +12,9 @@ from torch import Tensor
 from moe import Decoder
 from moe.kv_cache import KVCache
 from moe.losses import pointer_loss
+from moe.rotary import Rotation
 from moe.short_conv import ShortConv
+from moe.sight import Sight
 from moe.train.presets import PRESETS
 
 DEFINED = [
@@ -297,3 +299,17 @@ def test_an_untrained_model_that_begins_as_an_induction_head_finds_what_came_nex
     ready, normal = (attention_to_what_came_next(init, seed) for init in ("induction", "normal"))
     assert (ready > 0.5).float().mean() > 0.5 and ready.mean() > 0.4  # most of 248 places
     assert normal.mean() < 0.02
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (2, 1)])
+def test_a_sliding_layer_that_begins_as_a_copy_gives_back_what_it_sees(heads):
+    """With a window of one token that is the token itself, once, up to noise in other directions."""
+    model = PRESETS["needle"]().model
+    changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "sliding_window": 1}
+    x, copied = torch.randn(1, 500, model.hidden_size), []
+    for init in ("copying", "induction"):
+        decoder = Decoder(replace(model, **changes, attention_init=init))
+        sight = Sight.causal((1, 500), x.device, None, None, 1)
+        out = decoder.model.layers[0].self_attn(x, sight, Rotation.at(sight.positions, 64, 1e4, x.dtype)).out
+        copied.append(((out * x).sum() / x.square().sum()).item())
+    assert copied[0] == pytest.approx(1, abs=0.1) and abs(copied[1]) < 0.1

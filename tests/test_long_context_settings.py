@@ -84,7 +84,7 @@ NONSENSE = {
     ),
     "another beginning": (
         {"attention_init": "copy"},
-        r"attention_init='copy' must be one of \['normal', 'induction'\]",
+        r"attention_init='copy' must be one of \['normal', 'induction', 'copying'\]",
     ),
     "nothing that shifts": (
         {"attention_init": "induction"},
@@ -163,7 +163,7 @@ def test_long_context_can_be_set_on_the_command_line():
         ("model.canon_set=AC", "model.canon_set='AC' must be a list of str"),
         ("model.canon_sets=[]", "no key 'canon_sets'. Did you mean 'canon_set'?"),
         ("model.no_rope_layers=[1, true]", "must be int, got bool"),
-        ("model.attention_init=random", r"must be one of \['normal', 'induction'\]"),
+        ("model.attention_init=random", r"must be one of \['normal', 'induction', 'copying'\]"),
         ("model.use_ssmax=yes", "model.use_ssmax='yes' must be bool"),
     ],
 )

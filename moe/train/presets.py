@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from moe.decoder_config import DecoderConfig
 from moe.modality_config import ModalityConfig
+from moe.probes.language.config import LanguageConfig
 from moe.probes.needle.config import NeedleConfig
 from moe.probes.senses.config import SensesConfig
 from moe.train.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
@@ -174,10 +175,81 @@ def senses() -> RunConfig:
     )
 
 
+def language() -> RunConfig:
+    """TODO."""
+    return RunConfig(
+        model=DecoderConfig(
+            vocab_size=256,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=64,
+            use_qk_norm=True,
+            attention_multiplier=0.2,
+            layer_types="LGLG",
+            sliding_window=96,
+            no_rope_layers=(1, 0, 1, 0),
+            rope_theta=1000.0,
+            max_position_embeddings=4096,
+            use_ssmax=True,
+            attention_init="copying",
+            canon_set=("AC", "AB", "AC", "AB"),
+            moe_intermediate_size=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            scoring_func="sigmoid",
+            use_selection_bias=True,
+            tie_word_embeddings=False,
+            initializer_range=0.07,
+            embedding_initializer_range=0.5,
+        ),
+        data=DataConfig(sequence_length=2048, include_tests=False),
+        optim=OptimConfig(
+            lr=3e-3,
+            beta2=0.98,
+            weight_decay=0.02,
+            schedule="wsd",
+            decay_fraction=0.7,
+            final_fraction=0.05,
+            selection_bias_rate=3e-3,
+        ),
+        train=TrainConfig(
+            steps=2400,
+            batch_size=1,
+            log_every=50,
+            eval_every=0,
+            eval_tokens=32_768,
+            final_eval_tokens=131_072,
+            checkpoint_every=400,
+        ),
+        language=LanguageConfig(),
+    )
+
+
+def omni() -> RunConfig:
+    """Under twenty minutes on two CPU cores: one decoder for the needles of every sense and for languages.
+
+    The decoder of the preset `language` with embedders for every sense and wider experts; steps alternate
+    between the two tasks. docs/multimodal.md and docs/in-context.md say what it finds.
+    """
+    base = language()
+    return replace(
+        base,
+        model=replace(base.model, modalities=ModalityConfig(), moe_intermediate_size=64),
+        data=replace(base.data, sequence_length=3072),
+        train=replace(base.train, steps=4800),
+        senses=SensesConfig(),
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "tiny": tiny,
     "demo": demo,
     "gpu-small": gpu_small,
     "needle": needle,
     "senses": senses,
+    "language": language,
+    "omni": omni,
 }

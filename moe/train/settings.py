@@ -4,6 +4,7 @@
 command-line overrides become one is in `moe.train.overrides`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 from moe.config import did_you_mean
 from moe.decoder_config import DecoderConfig
 from moe.ops.choose import Backend
+from moe.probes.language.config import LanguageConfig
 from moe.probes.needle.config import NeedleConfig
 from moe.probes.senses.config import SensesConfig
 
@@ -146,8 +148,10 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    needle: NeedleConfig | None = None  # without one of these parts: trained on the next token
+    # Tasks: without any a run is trained on the next token; with several, steps alternate between them
+    needle: NeedleConfig | None = None
     senses: SensesConfig | None = None
+    language: LanguageConfig | None = None
 
     def __post_init__(self) -> None:
         if self.model.vocab_size < BYTE_VOCABULARY:
@@ -166,11 +170,17 @@ class RunConfig:
                 f"{LEAST_BPE_VOCABULARY}: {BYTE_VOCABULARY} bytes, an end of text and one merge. "
                 f"Set model.vocab_size=4096."
             )
-        if self.needle is not None and self.data.tokenizer != "bytes":
+        tasks = [part for part in TASK_PARTS if getattr(self, part) is not None]
+        if tasks and self.data.tokenizer != "bytes":
             raise ValueError(
-                f"data.tokenizer={self.data.tokenizer!r} with a part needle: needles are made of bytes. "
+                f"data.tokenizer={self.data.tokenizer!r} with a part {tasks[0]}: it is made of bytes. "
                 f'Set data.tokenizer="bytes" and model.vocab_size={BYTE_VOCABULARY}.'
             )
+        for part in tasks:
+            if not 0 < (share := getattr(self, part).share) < math.inf:
+                raise ValueError(
+                    f"{part}.share={share} must be above 0. To leave the task out, leave the part out."
+                )
         if self.needle is not None and self.data.sequence_length < self.needle.least_length:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} must be at least "
@@ -211,8 +221,9 @@ PARTS: dict[str, type] = {
     "train": TrainConfig,
     "needle": NeedleConfig,
     "senses": SensesConfig,
+    "language": LanguageConfig,
 }
-TASK_PARTS = ("needle", "senses")  # a run may have them or not
+TASK_PARTS = ("needle", "senses", "language")  # a run may have them or not
 
 
 def check_senses(model: DecoderConfig, data: DataConfig, senses: SensesConfig) -> None:
@@ -225,11 +236,6 @@ def check_senses(model: DecoderConfig, data: DataConfig, senses: SensesConfig) -
         raise ValueError(
             "model.modalities is not set, with a part senses: this decoder reads text alone. "
             "Start from the preset senses, or set model.modalities={}."
-        )
-    if data.tokenizer != "bytes":
-        raise ValueError(
-            f"data.tokenizer={data.tokenizer!r} with a part senses: its text is made of bytes. "
-            f'Set data.tokenizer="bytes" and model.vocab_size={BYTE_VOCABULARY}.'
         )
     if data.sequence_length < senses.least_length:
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.decoder import Decoder, DecoderLoss
 from moe.train.data import Windows, train_batch
-from moe.train.settings import RunConfig
+from moe.train.settings import TASK_PARTS, RunConfig
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -68,13 +68,26 @@ class Mixture:
 
 
 def make_task(config: RunConfig, windows: Windows) -> Task:
-    """The task of a run: that of its part `senses` or `needle`, else the next token."""
-    if config.senses is not None:
-        from moe.probes.senses.task import FindSenses  # probes know training; training does not know them
+    """The task of a run: that of its part `needle`, `senses` or `language`, of several a mixture by their
+    `share`; without one the next token.
+    """
+    parts = [part for part in TASK_PARTS if getattr(config, part) is not None]
+    tasks = [_task(part, config, windows) for part in parts]
+    if len(tasks) > 1:
+        return Mixture(tasks, [getattr(config, part).share for part in parts])
+    return tasks[0] if tasks else NextToken(config, windows)
 
-        return FindSenses(config, windows)
-    if config.needle is not None:
+
+def _task(part: str, config: RunConfig, windows: Windows) -> Task:
+    # imported late: probes know training; training does not know them
+    if part == "needle":
         from moe.probes.needle.task import FindNeedles
 
         return FindNeedles(config, windows)
-    return NextToken(config, windows)
+    if part == "senses":
+        from moe.probes.senses.task import FindSenses
+
+        return FindSenses(config, windows)
+    from moe.probes.language.task import LearnLanguages
+
+    return LearnLanguages(config, windows)

@@ -15,6 +15,7 @@ class NeedleConfig:
         ValueError: a template that does not exist, or a share, a weight or a length out of range.
     """
 
+    share: float = 1.0  # of the steps, beside the shares of a run's other tasks
     templates: tuple[str, ...] = ("key_value", "sentence")
     near_duplicate_keys: float = 0.3  # of the keys: an earlier key with one letter changed
     near_duplicate_values: float = 0.5  # of the values: one of the last 20 with one digit changed

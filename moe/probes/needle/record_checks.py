@@ -7,7 +7,10 @@ from typing import Any
 
 from moe.config import did_you_mean
 
-_MAY_BE_ZERO = ("step", "cache_bytes", "peak_bytes", "trained_length", "files")
+_MAY_BE_ZERO = (
+    *("step", "cache_bytes", "peak_bytes", "trained_length", "files"),
+    *("examples", "filler", "words_right"),
+)
 
 
 def check_keys(data: Mapping[str, Any], *, known: Collection[str], required: Collection[str]) -> None:

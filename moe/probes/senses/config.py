@@ -22,6 +22,7 @@ class SensesConfig:
         ValueError: a modality that does not exist, or a share, a count or a weight out of range.
     """
 
+    share: float = 1.0  # of the steps, beside the shares of a run's other tasks
     modalities: tuple[str, ...] = tuple(NAMES)  # of the needles; the filler has all of them
     near_duplicate_keys: float = 0.7  # of the keys: an earlier key with one letter changed
     near_duplicate_values: float = 0.5  # of the values: one of the last 20 with one digit changed
@@ -41,9 +42,9 @@ class SensesConfig:
         check_modalities(self.modalities, "senses.modalities")
         for field in fields(self):
             value, name = getattr(self, field.name), f"senses.{field.name}"
-            is_weight = field.name in ("text_loss", "reading_loss", "pointer_loss")
+            is_weight = field.name in ("share", "text_loss", "reading_loss", "pointer_loss")
             if is_weight and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} is the weight of a loss: give a number from 0.")
+                raise ValueError(f"{name}={value} is a weight: give a number from 0.")
             if field.type is float and not is_weight and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} is a share: give a number from 0 to 1.")
             if field.type is int and value < (0 if field.name == "image_copies" else 1):

@@ -1,0 +1,140 @@
+"""What an evaluation of languages measured: plain data, kept as JSON, for tables and figures."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from moe.json_files import read_json
+from moe.probes.needle.record import NeedleRecord, Tally, TextFacts
+from moe.probes.needle.record import merge as merge_needles
+from moe.probes.needle.record_checks import check_keys, check_value, shorten
+from moe.train.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageRow:
+    """All questions to one model under one condition, with so many examples and so much filler.
+
+    Raises:
+        ValueError: a value of another type or out of range, no question, or not one answer a question.
+    """
+
+    run: str
+    step: int  # of its training
+    total: int  # parameters
+    active: int  # parameters that one token uses
+    condition: str
+    words: int  # of the dictionary, or that it would have
+    letters: str  # of a foreign word: "3", or "2-4"
+    examples: int
+    filler: int  # bytes between the pieces of a document
+    languages: int
+    exact: tuple[bool, ...]  # of every question: whether the whole sentence was right
+    shown: tuple[bool, ...]  # whether the examples show every rule that it needs
+    words_right: int
+    words_asked: int
+    read_seconds: float  # of a document, on average
+    seconds: float  # in all
+    path: str  # how documents were read
+    dtype: str  # of the cache
+    text: TextFacts
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_value(field.name, field.type, getattr(self, field.name))
+        check_keys(self.text, known=_TEXT, required=_TEXT)
+        for key, kind in _TEXT.items():
+            check_value(f"text.{key}", kind, self.text[key])
+        if not self.exact or len(self.exact) != len(self.shown):
+            raise ValueError(
+                f"exact has {len(self.exact)} questions and shown {len(self.shown)}: "
+                f"give both for every question, and at least one."
+            )
+
+    @property
+    def tally(self) -> Tally:
+        """Sentences right, of all."""
+        return Tally(sum(self.exact), len(self.exact))
+
+    @property
+    def tally_shown(self) -> Tally:
+        """Sentences right, of those whose rules the examples show."""
+        shown = [right for right, is_shown in zip(self.exact, self.shown, strict=True) if is_shown]
+        return Tally(sum(shown), len(shown))
+
+    @property
+    def tally_words(self) -> Tally:
+        """Words right, of all."""
+        return Tally(self.words_right, self.words_asked)
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageRecord:
+    """Rows, and where they were measured: device, versions, commit, date."""
+
+    rows: tuple[LanguageRow, ...]
+    environment: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, as a whole or not at all.
+
+        Raises:
+            ValueError: a number in `environment` that JSON does not have.
+            OSError: as `moe.train.files.write_bytes`.
+        """
+        write_json(path, {"environment": self.environment, "rows": [asdict(row) for row in self.rows]})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The inverse of `save`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON, or no record: names the file and the key that is wrong.
+        """
+        data = read_json(path)
+        try:
+            check_keys(data, known=("environment", "rows"), required=("environment", "rows"))
+            check_value("environment", dict, data["environment"])
+            if not isinstance(data["rows"], list):
+                raise ValueError(f"rows={shorten(data['rows'])} must be a list.")
+            rows = tuple(_row(row, f"rows[{i}]") for i, row in enumerate(data["rows"]))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not a record of an evaluation of languages: {error} Evaluate again."
+            ) from None
+        return cls(rows, data["environment"])
+
+
+def merge(records: Iterable[LanguageRecord]) -> LanguageRecord:
+    """One record with the rows of all, in order; a row that several of them hold stays once."""
+    records = list(records)
+    rows = dict.fromkeys(_key(row) for record in records for row in record.rows)
+    known = {_key(row): row for record in records for row in record.rows}
+    environment = merge_needles(NeedleRecord((), record.environment) for record in records).environment
+    return LanguageRecord(tuple(known[key] for key in rows), environment)
+
+
+def pool(tallies: Iterable[Tally]) -> Tally:
+    """All answers together."""
+    tallies = list(tallies)
+    return Tally(sum(one.right for one in tallies), sum(one.asked for one in tallies))
+
+
+_TEXT: dict[str, type] = TextFacts.__annotations__
+_FIELDS = [field.name for field in fields(LanguageRow)]
+
+
+def _key(row: LanguageRow) -> str:
+    return repr(row)
+
+
+def _row(data: Any, where: str) -> LanguageRow:
+    check_value(where, dict, data)
+    try:
+        check_keys(data, known=_FIELDS, required=_FIELDS)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return LanguageRow(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -1,0 +1,154 @@
+"""Training documents: fresh languages, each with many sentences, all of which are predicted.
+
+A batch is a pure function of (text, config, seed, step).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe.probes.language.config import LEAST_FILLER, LEAST_SENTENCES, LanguageConfig
+from moe.probes.language.document import Piece, ask, book, lay_out
+from moe.probes.language.grammar import draw_items, draw_language
+
+Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingBatch:
+    """Documents and what is predicted of them; m places in each, in ascending order.
+
+    ids        (b s) int64  the bytes
+    places     (b m) int64  positions whose next byte is predicted
+    targets    (b m) int64  that next byte
+    is_answer  (b m) bool   the next byte is part of a translation; elsewhere it does not count
+    pointers   (b m) int64  the position, in the book, of the byte that is to be copied; -1: it is not there
+    """
+
+    ids: Tensor
+    places: Tensor
+    targets: Tensor
+    is_answer: Tensor
+    pointers: Tensor
+
+
+class Shape(NamedTuple):
+    """What the documents of a step have in common."""
+
+    words: int
+    sentences: int
+    filler: int
+    single: float  # the share of words among the sentences
+    phrases: float
+
+
+def draw_shape(rng: np.random.Generator, config: LanguageConfig, done: float) -> Shape:
+    """`done` is the share of the run that is over."""
+    words = config.words
+    if rng.random() < config.large_share:
+        words = _log_uniform(rng, config.words, config.most_words)
+    sentences = _log_uniform(rng, LEAST_SENTENCES, config.most_sentences)
+    filler = 0
+    if rng.random() < config.filler_share:
+        most = config.first_filler + min(done / max(config.ramp, 1e-9), 1) * (
+            config.most_filler - config.first_filler
+        )
+        filler = _log_uniform(rng, LEAST_FILLER, int(most))
+    begun = max(1 - done / max(config.exercise_ramp, 1e-9), 0.0)
+    single = config.exercises + begun * max(0.4 - config.exercises, 0)
+    phrases = min(2 * config.exercises, 0.4) + begun * max(0.4 - 2 * config.exercises, 0)
+    return Shape(words, sentences, filler, single, phrases)
+
+
+def training_batch(
+    text: NDArray[np.uint8],
+    config: LanguageConfig,
+    *,
+    budget: int,
+    multiple: int = 1,
+    seed: int,
+    step: int,
+    steps: int,
+) -> TrainingBatch:
+    """The documents of one step, counted from 0, of a run of `steps`, with filler from `text`.
+
+    budget: bytes of the batch, about. The number of documents is a multiple of `multiple`.
+
+    Raises:
+        ValueError: a text that is shorter than a document.
+    """
+    rng = np.random.default_rng([seed, step])
+    shape = draw_shape(rng, config, step / steps)
+    _check_text(text, shape.filler)
+    rows = [_draw_row(rng, text, config, shape)]
+    count = max(1, budget // len(rows[0].text) // multiple) * multiple
+    rows += [_draw_row(rng, text, config, shape) for _ in range(count - 1)]
+    length = max(len(row.text) for row in rows)
+    _check_text(text, length)
+    most = max(len(row.places) for row in rows)
+    ends = rng.integers(len(text) - length, size=count).tolist()
+    padded = [
+        np.concatenate([np.frombuffer(row.text, np.uint8), text[end : end + length - len(row.text)]])
+        for row, end in zip(rows, ends, strict=True)
+    ]
+    ids = np.stack(padded).astype(np.int64)
+    places = np.stack([_padded(row.places, most, fill=int(row.places[-1])) for row in rows])
+    pointers = np.stack([_padded(row.pointers, most, fill=-1) for row in rows])
+    is_answer = np.arange(most) < np.array([len(row.places) for row in rows])[:, None]
+    targets = np.take_along_axis(ids, places + 1, 1)
+    made = ids, places, targets, is_answer, pointers
+    return TrainingBatch(*map(torch.from_numpy, made))
+
+
+class _Row(NamedTuple):
+    text: bytes
+    places: Array
+    pointers: Array
+
+
+def _draw_row(
+    rng: np.random.Generator, text: NDArray[np.uint8], config: LanguageConfig, shape: Shape
+) -> _Row:
+    language = draw_language(rng, shape.words, config.letter_range)
+    has_grammar, has_words = (rng.random(2) < (config.grammar_share, config.dictionary_share)).tolist()
+    pieces = book(rng, language, has_grammar=has_grammar, entries=float(has_words))
+    items = draw_items(rng, language, shape.sentences, words=shape.single, phrases=shape.phrases)
+    answers = [ask(language, item) for item in items]
+    begin = int(rng.integers(len(text) - shape.filler))
+    laid = lay_out(
+        rng,
+        [*pieces, *(Piece(one.query + one.answer) for one in answers)],
+        text[begin : begin + shape.filler],
+    )
+    places: list[int] = []
+    pointers: list[int] = []
+    for one, start in zip(answers, laid.starts[len(pieces) :], strict=True):
+        place = start + len(one.query) - 1
+        places += range(place, place + len(one.answer))
+        for gloss, english, foreign in one.parts:
+            at = laid.words.get(english)
+            pointers += [-1] * len(gloss)
+            pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
+            pointers.append(-1)  # the space or the end
+    return _Row(laid.text, np.array(places), np.array(pointers))
+
+
+def _check_text(text: NDArray[np.uint8], length: int) -> None:
+    if len(text) <= length:
+        raise ValueError(
+            f"the text of {len(text)} bytes must be longer than a document, of which it has to fill up to "
+            f"{length}. Give more text (data.folder), or lower language.most_filler."
+        )
+
+
+def _padded(values: Array, size: int, fill: int) -> Array:
+    return np.concatenate([values, np.full(size - len(values), fill, np.int64)])
+
+
+def _log_uniform(rng: np.random.Generator, least: int, most: int) -> int:
+    return min(most, int(math.exp(rng.uniform(math.log(least), math.log(most + 1)))))
