@@ -28,7 +28,8 @@ class Interleaved:
     Ten million bytes of text take 20 MB. A slice `[a:b]` shares its memory.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or another number of rows than of tokens without text.
+        ValueError: shapes or dtypes that do not fit, a modality that there is not, or another number of rows
+            than of tokens without text.
     """
 
     ids: Tensor
@@ -45,6 +46,8 @@ class Interleaved:
             )
         if self.features.dim() != 2 or self.features.dtype != torch.float32:
             raise ValueError(f"features must be (n f) of float32, got {_describe(self.features)}.")
+        if len(self) and (most := int(self.modality.max())) >= len(Modality):
+            raise ValueError(f"modality {most} must be from 0 to {len(Modality) - 1}, a number of Modality.")
         rows = int(torch.count_nonzero(self.modality))
         if len(self.features) != rows:
             raise ValueError(f"features has {len(self.features)} rows, but {rows} tokens are no text.")

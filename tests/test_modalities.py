@@ -344,6 +344,20 @@ def test_checkpointed_blocks_give_the_same_gradients():
         assert_close(gradients[1][name], gradient)
 
 
+def test_autocast_multiplies_features_in_few_bits_and_keeps_embeddings_whole():
+    decoder, sequence = senses().float(), drawn_sequence(30)
+    truth = decoder.embed(*batched(sequence))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = decoder.embed(*batched(sequence))
+        loss = decoder.loss(None, sequence.targets[None], inputs_embeds=ours).total
+    is_text = sequence.modality == Modality.TEXT
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours[0, is_text], truth[0, is_text])
+    torch.testing.assert_close(ours, truth, rtol=0.02, atol=0.02)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in decoder.parameters() if p.grad is not None)
+
+
 def test_the_loss_of_a_batch_compiles_as_one_graph():
     torch._dynamo.reset()
     decoder = senses("dense")

@@ -340,6 +340,10 @@ def test_sequences_that_do_not_fit_together_are_refused():
             (torch.zeros(2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.zeros(0, 4)),
             "modality",
         ),
+        (
+            (torch.zeros(1, dtype=torch.uint8), torch.tensor([4], dtype=torch.uint8), torch.zeros(1, 4)),
+            "modality 4 must be from 0 to 3",
+        ),
         ((torch.zeros(2, dtype=torch.uint8), torch.zeros(2), torch.zeros(0, 4)), "modality must be uint8"),
         (
             (torch.zeros(2, dtype=torch.uint8), torch.ones(2, dtype=torch.uint8), torch.zeros(1, 4)),
