@@ -200,7 +200,7 @@ class RunConfig:
         for part in data:
             if part not in PARTS:
                 raise ValueError(f"a run has no part {part!r}.{did_you_mean(part, list(PARTS))}")
-        named = [part for part in PARTS if part not in TASK_PARTS or data.get(part) is not None]
+        named = [part for part in PARTS if part not in TASKS or data.get(part) is not None]
         return cls(**{part: _build(PARTS[part], part, data.get(part, {})) for part in named})
 
 
@@ -212,7 +212,7 @@ PARTS: dict[str, type] = {
     "needle": NeedleConfig,
     "senses": SensesConfig,
 }
-TASK_PARTS = ("needle", "senses")  # a run may have them or not
+TASKS = ("needle", "senses")  # a run may have them or not
 
 
 def check_senses(model: DecoderConfig, data: DataConfig, senses: SensesConfig) -> None:
