@@ -170,7 +170,7 @@ class RunConfig:
                 f"{LEAST_BPE_VOCABULARY}: {BYTE_VOCABULARY} bytes, an end of text and one merge. "
                 f"Set model.vocab_size=4096."
             )
-        tasks = [part for part in TASK_PARTS if getattr(self, part) is not None]
+        tasks = [part for part in TASKS if getattr(self, part) is not None]
         if tasks and self.data.tokenizer != "bytes":
             raise ValueError(
                 f"data.tokenizer={self.data.tokenizer!r} with a part {tasks[0]}: it is made of bytes. "
@@ -210,7 +210,7 @@ class RunConfig:
         for part in data:
             if part not in PARTS:
                 raise ValueError(f"a run has no part {part!r}.{did_you_mean(part, list(PARTS))}")
-        named = [part for part in PARTS if part not in TASK_PARTS or data.get(part) is not None]
+        named = [part for part in PARTS if part not in TASKS or data.get(part) is not None]
         return cls(**{part: _build(PARTS[part], part, data.get(part, {})) for part in named})
 
 
@@ -223,7 +223,7 @@ PARTS: dict[str, type] = {
     "senses": SensesConfig,
     "language": LanguageConfig,
 }
-TASK_PARTS = ("needle", "senses", "language")  # a run may have them or not
+TASKS = ("needle", "senses", "language")  # a run may have them or not
 
 
 def check_senses(model: DecoderConfig, data: DataConfig, senses: SensesConfig) -> None:

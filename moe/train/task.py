@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.decoder import Decoder, DecoderLoss
 from moe.train.data import Windows, train_batch
-from moe.train.settings import TASK_PARTS, RunConfig
+from moe.train.settings import TASKS, RunConfig
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -71,7 +71,7 @@ def make_task(config: RunConfig, windows: Windows) -> Task:
     """The task of a run: that of its part `needle`, `senses` or `language`, of several a mixture by their
     `share`; without one the next token.
     """
-    parts = [part for part in TASK_PARTS if getattr(config, part) is not None]
+    parts = [part for part in TASKS if getattr(config, part) is not None]
     tasks = [_task(part, config, windows) for part in parts]
     if len(tasks) > 1:
         return Mixture(tasks, [getattr(config, part).share for part in parts])
