@@ -228,7 +228,9 @@ def test_exercises_are_words_and_phrases_and_become_fewer():
         shape = draw_shape(rng(), LanguageConfig(exercises=exercises, exercise_ramp=0.5), done)
         language = draw_language(rng(1), 11, (3, 3))
         items = draw_items(rng(2), language, 4000, words=shape.single, phrases=shape.phrases)
-        return [np.mean([isinstance(item, kind) for item in items]) for kind in (Word, Phrase, Sentence)]
+        return [
+            float(np.mean([isinstance(item, kind) for item in items])) for kind in (Word, Phrase, Sentence)
+        ]
 
     assert np.allclose(kinds(0.0, 0.1), [0.4, 0.4, 0.2], atol=0.04)
     assert np.allclose(kinds(0.25, 0.1), [0.25, 0.3, 0.45], atol=0.04)
