@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.probes.language.config import LEAST_FILLER, LEAST_SENTENCES, LanguageConfig
+from moe.probes.language.config import LEAST_FILLER, LanguageConfig
 from moe.probes.language.document import Piece, ask, book, lay_out
 from moe.probes.language.grammar import draw_items, draw_language
 
@@ -52,7 +52,7 @@ def draw_shape(rng: np.random.Generator, config: LanguageConfig, done: float) ->
     words = config.words
     if rng.random() < config.large_share:
         words = _log_uniform(rng, config.words, config.most_words)
-    sentences = _log_uniform(rng, LEAST_SENTENCES, config.most_sentences)
+    sentences = _log_uniform(rng, 1, config.most_sentences)
     filler = 0
     if rng.random() < config.filler_share:
         most = config.first_filler + min(done / max(config.ramp, 1e-9), 1) * (
