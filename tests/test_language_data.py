@@ -210,9 +210,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_a_batch_has_about_as_many_bytes_as_asked_in_so_many_parts():
-    for step in range(10):
+    for step in range(40):
         b, s = batch(step, multiple=2).ids.shape
-        assert b % 2 == 0 and (b == 2 or 1000 < b * s < 5000)
+        assert b % 2 == 0 and (b == 2 or 1000 < b * s < 2600)
 
 
 def test_filler_grows_to_its_most():

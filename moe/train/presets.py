@@ -185,7 +185,7 @@ def language() -> RunConfig:
             initializer_range=0.07,
             embedding_initializer_range=0.5,
         ),
-        data=DataConfig(sequence_length=2048, include_tests=False),
+        data=DataConfig(sequence_length=2560, include_tests=False),
         optim=OptimConfig(
             lr=3e-3,
             beta2=0.98,
