@@ -51,7 +51,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 def test_a_sentence_follows_the_rules_of_its_language(order, adjective_first, plural_first, expected):
     language = Language(WORDS, order, adjective_first, plural_first)
     assert ask(language, SEE).answer.decode() == expected + ";"
-    assert ask(language, SEE).query.decode() == "\n?Sbig Sdogs Vsee Ocat>"
+    assert ask(language, SEE).query.decode() == "\n?big dogs see cat>"
 
 
 def test_a_language_has_as_many_different_words_as_asked_and_a_plural():
@@ -176,7 +176,7 @@ def test_all_translations_and_nothing_else_are_predicted():
         made = batch(step)
         assert torch.equal(made.ids.gather(1, made.places + 1), made.targets)
         for ids, targets, is_answer in zip(made.ids, made.targets, made.is_answer, strict=True):
-            answers = re.findall(rb"\n\?[SVOa-z ]+>([A-Za-z ]+;)", bytes(ids.tolist()))
+            answers = re.findall(rb"\n\?[a-z ]+>([A-Za-z ]+;)", bytes(ids.tolist()))
             assert bytes(targets[is_answer].tolist()) == b"".join(answers)
 
 
@@ -210,9 +210,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_a_batch_has_about_as_many_bytes_as_asked_in_so_many_parts():
-    for step in range(10):
+    for step in range(40):
         b, s = batch(step, multiple=2).ids.shape
-        assert b % 2 == 0 and (b == 2 or 1000 < b * s < 5000)
+        assert b % 2 == 0 and (b == 2 or 1000 < b * s < 2600)
 
 
 def test_filler_grows_to_its_most():
@@ -228,7 +228,9 @@ def test_exercises_are_words_and_phrases_and_become_fewer():
         shape = draw_shape(rng(), LanguageConfig(exercises=exercises, exercise_ramp=0.5), done)
         language = draw_language(rng(1), 11, (3, 3))
         items = draw_items(rng(2), language, 4000, words=shape.single, phrases=shape.phrases)
-        return [np.mean([isinstance(item, kind) for item in items]) for kind in (Word, Phrase, Sentence)]
+        return [
+            float(np.mean([isinstance(item, kind) for item in items])) for kind in (Word, Phrase, Sentence)
+        ]
 
     assert np.allclose(kinds(0.0, 0.1), [0.4, 0.4, 0.2], atol=0.04)
     assert np.allclose(kinds(0.25, 0.1), [0.25, 0.3, 0.45], atol=0.04)
@@ -240,7 +242,7 @@ def test_an_exercise_is_translated_as_a_part_of_a_sentence_is():
     language = Language(WORDS, "SVO", True, False)
     asked = [ask(language, item) for item in (DOGS, CAT, Word("see"))]
     assert [one.answer for one in asked] == [b"SaBBB SnDDD SpPPP;", b"OnCCC;", b"VVV;"]
-    assert [one.query for one in asked] == [b"\n?Sbig Sdogs>", b"\n?Ocat>", b"\n?see>"]
+    assert [one.query for one in asked] == [b"\n?big dogs>", b"\n?cat>", b"\n?see>"]
 
 
 def test_shares_of_documents_have_grammar_and_dictionary():

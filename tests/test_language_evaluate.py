@@ -90,6 +90,21 @@ def test_without_examples_no_rule_is_shown(exam):
     assert all(paper(exam, examples=32).shown)
 
 
+def test_a_word_is_given_by_the_book_or_by_an_example(exam):
+    for condition, examples in ((BOTH, 0), (NEITHER, 0), (NEITHER, 8), (HALF, 2), (DICTIONARY, 0)):
+        one = paper(replace(exam, queries=60), condition=condition, examples=examples)
+        text = one.ids.tobytes()
+        lines = re.findall(rb"\n\?([a-z ]+)>", text)
+        words = {a.decode() for a, _ in ENTRY.findall(text)} | {
+            word[:3].decode() for line in lines for word in line.split()
+        }
+        if GRAMMAR.search(text) or any(word[3:] for line in lines for word in line.split()):
+            words.add("s")
+        expected = tuple({part.english for part in answer.parts} <= words for answer in one.answers)
+        assert one.given == expected, condition
+    assert any(expected) and not all(expected)  # the dictionary has no plural word
+
+
 # What counts as right
 
 
@@ -244,7 +259,8 @@ def test_a_record_comes_back_equal_and_merged_records_count_once(record, tmp_pat
         ("exact", [1] * 24, "must be a list of true and false"),
         ("examples", -1, "examples=-1"),
         ("words", 0, "words=0 must be at least 1"),
-        ("shown", [True], "exact has 24 questions and shown 1"),
+        ("shown", [True], "must be one for every question"),
+        ("given", [True], "must be one for every question"),
         ("run", None, "run=None must be a string"),
     ],
 )
@@ -262,11 +278,13 @@ def test_a_record_that_is_none_is_refused_with_its_key(record, tmp_path, key, va
 
 def test_the_table_has_a_line_for_each_condition_and_one_for_shown_rules(record):
     lines = [line for line in language_table(record) if line.startswith("|")]
-    assert len(lines) == 2 + 6 + 2 + 5
+    assert len(lines) == 2 + 9 + 2 + 5
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells == ["11", "0", BOTH, "24/24 ≥ 88.2", "24/24 ≥ 88.2"]
     shown = [cell.strip() for cell in lines[4].split("|")[1:-1]]
-    assert shown[2].startswith("of these") and shown[3] == "-" and shown[4] != "-"
+    assert shown[2] == "... whose rules the examples show" and shown[3] == "-" and shown[4] != "-"
+    lacking = [cell.strip() for cell in lines[-7 - 1].split("|")[1:-1]]
+    assert lacking[2].endswith("nowhere in the context") and lacking[3].startswith("0/24 ")
 
 
 def test_a_bound_is_cut_off_and_one_from_above_rounded_up():

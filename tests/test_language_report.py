@@ -27,6 +27,7 @@ ROW = LanguageRow(
     languages=2,
     exact=(True, True, True, False),
     shown=(True, False, False, False),
+    given=(True, True, True, True),
     words_right=20,
     words_asked=22,
     read_seconds=0.1,

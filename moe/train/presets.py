@@ -205,7 +205,7 @@ def language() -> RunConfig:
             initializer_range=0.07,
             embedding_initializer_range=0.5,
         ),
-        data=DataConfig(sequence_length=2048, include_tests=False),
+        data=DataConfig(sequence_length=2560, include_tests=False),
         optim=OptimConfig(
             lr=3e-3,
             beta2=0.98,
@@ -216,7 +216,7 @@ def language() -> RunConfig:
             selection_bias_rate=3e-3,
         ),
         train=TrainConfig(
-            steps=2400,
+            steps=2800,
             batch_size=1,
             log_every=50,
             eval_every=0,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moe.probes.language.grammar import check_words
 
-LEAST_SENTENCES, LEAST_FILLER = 2, 20  # of a document that has several, or some
+LEAST_FILLER = 20  # bytes, where there is some
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,10 +22,10 @@ class LanguageConfig:
     letters: tuple[int, ...] = (2, 4)  # the least and the most of a foreign word
     grammar_share: float = 0.6  # of the documents have a grammar line
     dictionary_share: float = 0.9  # have a dictionary
-    most_sentences: int = 17  # of a document; from 2, log-uniformly
+    most_sentences: int = 17  # of a document; from 1, log-uniformly
     exercises: float = 0.1  # of the sentences are single words, twice as many noun phrases; at first most are
     exercise_ramp: float = 0.15  # of the steps: until then that share falls from 0.4 and 0.4
-    filler_share: float = 0.4  # of the batches have text between the pieces
+    filler_share: float = 0.5  # of the batches have text between the pieces
     most_filler: int = 1000  # bytes of it; from 20, log-uniformly
     first_filler: int = 40  # the most at the beginning
     ramp: float = 0.6  # of the steps: until then the most filler grows to `most_filler`
@@ -45,7 +45,7 @@ class LanguageConfig:
                 )
         for name, least in (
             ("most_words", self.words),
-            ("most_sentences", LEAST_SENTENCES),
+            ("most_sentences", 1),
             ("first_filler", LEAST_FILLER),
             ("most_filler", self.first_filler),
         ):

@@ -61,6 +61,7 @@ def evaluate_languages(
         text = exam.filler(run, filler)
     marks: list[Marks] = []
     shown: list[bool] = []
+    given: list[bool] = []
     read_seconds, started, path = 0.0, time.perf_counter(), ""
     for number in range(exam.languages):
         paper = write_paper(
@@ -75,6 +76,7 @@ def evaluate_languages(
             read = prefill(run.model, torch.from_numpy(paper.ids.copy())[None], dtype=exam.dtype)
             marks += mark(run.model, read.cache, paper.answers)
         shown += paper.shown
+        given += paper.given
         read_seconds += read.seconds
         path = read.path
         progress(number + 1, exam.languages, time.perf_counter() - started)
@@ -92,6 +94,7 @@ def evaluate_languages(
         languages=exam.languages,
         exact=tuple(one.is_exact for one in marks),
         shown=tuple(shown),
+        given=tuple(given),
         words_right=sum(one.words_right for one in marks),
         words_asked=sum(one.words for one in marks),
         read_seconds=read_seconds / exam.languages,

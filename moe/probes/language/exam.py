@@ -96,11 +96,13 @@ class Paper:
     """One language: its document (n) uint8, and what is asked after it.
 
     shown: of each question, whether the examples show every rule that it needs
+    given: of each question, whether every word that it needs stands in the book or in an example
     """
 
     ids: np.ndarray
     answers: tuple[Answer, ...]
     shown: tuple[bool, ...]
+    given: tuple[bool, ...]
 
 
 def write_paper(
@@ -128,12 +130,17 @@ def write_paper(
     what = CONDITIONS[condition]
     layout = np.random.default_rng([exam.seed, number, examples, len(filler)])
     pieces = book(layout, language, has_grammar=what.has_grammar, entries=what.entries)
-    pieces += [Piece(one.query + one.answer) for one in (ask(language, sentence) for sentence in shown)]
+    solved = [ask(language, sentence) for sentence in shown]
+    answers = tuple(ask(language, sentence) for sentence in asked)
+    known = {word for piece in pieces for word in piece.words}
+    known |= {part.english for one in solved for part in one.parts}
+    pieces += [Piece(one.query + one.answer) for one in solved]
     text = lay_out(layout, pieces, filler).text if pieces else filler.tobytes()
     return Paper(
         ids=np.frombuffer(text or b"\n", np.uint8),  # nothing at all cannot be read
-        answers=tuple(ask(language, sentence) for sentence in asked),
+        answers=answers,
         shown=tuple(is_shown(sentence, shown) for sentence in asked),
+        given=tuple(all(part.english in known for part in one.parts) for one in answers),
     )
 
 

@@ -32,6 +32,7 @@ class LanguageRow:
     languages: int
     exact: tuple[bool, ...]  # of every question: whether the whole sentence was right
     shown: tuple[bool, ...]  # whether the examples show every rule that it needs
+    given: tuple[bool, ...]  # whether every word that it needs stands in the book or in an example
     words_right: int
     words_asked: int
     read_seconds: float  # of a document, on average
@@ -46,11 +47,9 @@ class LanguageRow:
         check_keys(self.text, known=_TEXT, required=_TEXT)
         for key, kind in _TEXT.items():
             check_value(f"text.{key}", kind, self.text[key])
-        if not self.exact or len(self.exact) != len(self.shown):
-            raise ValueError(
-                f"exact has {len(self.exact)} questions and shown {len(self.shown)}: "
-                f"give both for every question, and at least one."
-            )
+        counts = {name: len(getattr(self, name)) for name in ("exact", "shown", "given")}
+        if not self.exact or len(set(counts.values())) > 1:
+            raise ValueError(f"{counts} must be one for every question, and at least one.")
 
     @property
     def tally(self) -> Tally:
@@ -60,8 +59,12 @@ class LanguageRow:
     @property
     def tally_shown(self) -> Tally:
         """Sentences right, of those whose rules the examples show."""
-        shown = [right for right, is_shown in zip(self.exact, self.shown, strict=True) if is_shown]
-        return Tally(sum(shown), len(shown))
+        return _tally(self.exact, self.shown)
+
+    @property
+    def tally_lacking(self) -> Tally:
+        """Sentences right, of those with a word that stands neither in the book nor in an example."""
+        return _tally(self.exact, [not one for one in self.given])
 
     @property
     def tally_words(self) -> Tally:
@@ -120,6 +123,11 @@ def pool(tallies: Iterable[Tally]) -> Tally:
     """All answers together."""
     tallies = list(tallies)
     return Tally(sum(one.right for one in tallies), sum(one.asked for one in tallies))
+
+
+def _tally(exact: Iterable[bool], chosen: Iterable[bool]) -> Tally:
+    right = [one for one, is_chosen in zip(exact, chosen, strict=True) if is_chosen]
+    return Tally(sum(right), len(right))
 
 
 _TEXT: dict[str, type] = TextFacts.__annotations__

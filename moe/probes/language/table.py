@@ -11,8 +11,8 @@ from moe.probes.language.record import LanguageRecord, LanguageRow, pool
 from moe.probes.needle.record import Tally
 from moe.probes.needle.table import ABSENT, format_count, format_length, format_percent, headline
 
-SHOWN = "of these, sentences whose rules the examples show"
-WORDS = "words"
+SHOWN = "... whose rules the examples show"
+LACKING = "... with a word that is nowhere in the context"
 
 
 def language_table(record: LanguageRecord) -> list[str]:
@@ -52,8 +52,11 @@ def sentences_table(rows: Iterable[LanguageRow]) -> list[str]:
         here = {row.examples: row for row in rows if _setting(row) == (words, filler, condition)}
         head = (str(words), format_filler(filler), condition)
         lines.append((*head, *_cells(here, examples, lambda row: row.tally)))
-        if not CONDITIONS[condition].has_grammar and CONDITIONS[condition].entries == 1:
+        has_grammar, entries = CONDITIONS[condition]
+        if not has_grammar and entries:
             lines.append(("", "", SHOWN, *_cells(here, examples, lambda row: row.tally_shown)))
+        if entries < 1:
+            lines.append(("", "", LACKING, *_cells(here, examples, lambda row: row.tally_lacking)))
     return table(_head("whole sentences", examples), lines)
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.probes.language.config import LEAST_FILLER, LEAST_SENTENCES, LanguageConfig
+from moe.probes.language.config import LEAST_FILLER, LanguageConfig
 from moe.probes.language.document import Piece, ask, book, lay_out
 from moe.probes.language.grammar import draw_items, draw_language
 
@@ -52,7 +52,7 @@ def draw_shape(rng: np.random.Generator, config: LanguageConfig, done: float) ->
     words = config.words
     if rng.random() < config.large_share:
         words = _log_uniform(rng, config.words, config.most_words)
-    sentences = _log_uniform(rng, LEAST_SENTENCES, config.most_sentences)
+    sentences = _log_uniform(rng, 1, config.most_sentences)
     filler = 0
     if rng.random() < config.filler_share:
         most = config.first_filler + min(done / max(config.ramp, 1e-9), 1) * (
@@ -77,7 +77,8 @@ def training_batch(
 ) -> TrainingBatch:
     """The documents of one step, counted from 0, of a run of `steps`, with filler from `text`.
 
-    budget: bytes of the batch, about. The number of documents is a multiple of `multiple`.
+    budget: bytes of the batch, about, with what fills documents up to the longest. The number of documents
+    is a multiple of `multiple`.
 
     Raises:
         ValueError: a text that is shorter than a document.
@@ -85,13 +86,14 @@ def training_batch(
     rng = np.random.default_rng([seed, step])
     shape = draw_shape(rng, config, step / steps)
     _check_text(text, shape.filler)
-    rows = [_draw_row(rng, text, config, shape)]
-    count = max(1, budget // len(rows[0].text) // multiple) * multiple
-    rows += [_draw_row(rng, text, config, shape) for _ in range(count - 1)]
-    length = max(len(row.text) for row in rows)
+    rows: list[_Row] = []
+    length = 0
+    while len(rows) < multiple or len(rows) % multiple or (len(rows) + multiple) * length <= budget:
+        rows.append(_draw_row(rng, text, config, shape))
+        length = max(length, len(rows[-1].text))
     _check_text(text, length)
     most = max(len(row.places) for row in rows)
-    ends = rng.integers(len(text) - length, size=count).tolist()
+    ends = rng.integers(len(text) - length, size=len(rows)).tolist()
     padded = [
         np.concatenate([np.frombuffer(row.text, np.uint8), text[end : end + length - len(row.text)]])
         for row, end in zip(rows, ends, strict=True)
