@@ -1,0 +1,152 @@
+"""The command `sparse-moe experts`: which experts the text of each domain goes to, beside chance."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe.probes.specialisation.domains import DomainText, Source
+    from moe.probes.specialisation.record import SpecialisationRecord
+    from moe.train.runs import Run
+
+Show = Callable[[str], None]
+TOKENS = 2**16
+PERMUTATIONS = 999
+FILE = "experts.json"
+
+
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `experts`."""
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="a folder that `train` wrote")
+    parser.add_argument("--checkpoint", metavar="step_00000400", help="default: the newest")
+    parser.add_argument("--device", help="default: as in training")
+    parser.add_argument(
+        "--domain",
+        action="append",
+        type=domain_of,
+        metavar="NAME=FOLDER",
+        help="a folder of text files, at least two of these; default: Python source of installed packages, "
+        "C++ headers of torch, and what packages say of themselves in prose",
+    )
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of each domain (default {TOKENS})")
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=PERMUTATIONS,
+        help=f"shuffles of the labels (default {PERMUTATIONS})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of text and of the shuffles")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE.json", help=f"default: {FILE} in the run folder; the figure beside"
+    )
+
+
+def domain_of(text: str) -> tuple[str, Path]:
+    """ "code=my/folder" as ("code", Path("my/folder")).
+
+    Raises:
+        argparse.ArgumentTypeError: it is not of that form.
+    """
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is no domain: give NAME=FOLDER, such as prose=my/texts.")
+    return name, Path(folder)
+
+
+def run_experts(arguments: argparse.Namespace, show: Show) -> int:
+    """Read the text of every domain with a run; print, write and draw where its tokens went."""
+    from moe.probes.needle.measured import check_target
+    from moe.train.runs import open_run
+
+    run = open_run(arguments.run, checkpoint=arguments.checkpoint, device=arguments.device)
+    if not run.model.moe_layers:
+        raise ValueError(
+            f"{arguments.run} has no MoE layer, and so no experts. Train with model.num_experts."
+        )
+    target = arguments.json or arguments.run / FILE
+    check_target(target, ".json")
+    texts = _read(run, _sources(arguments), arguments, show)
+    record = _measure(run, texts, arguments)
+    record.save(target)
+    _print(record, show)
+    show(f"written: {target}")
+    if find_spec("matplotlib") is None:
+        show("no figure: matplotlib is missing. pip install '.[train]' in a clone of the repository adds it.")
+        return 0
+    from moe.report.specialisation import draw_specialisation
+
+    show(f"figure: {draw_specialisation(record, target.with_suffix('.png'))}")
+    return 0
+
+
+def _sources(arguments: argparse.Namespace) -> "Mapping[str, Source]":
+    from moe.probes.specialisation.domains import Source, default_sources
+
+    if not arguments.domain:
+        return default_sources()
+    sources: dict[str, Source] = {}
+    for name, folder in arguments.domain:
+        if name in sources:
+            raise ValueError(f"--domain {name}= is given twice. Give each domain a name of its own.")
+        sources[name] = Source(folder)
+    return sources
+
+
+def _read(
+    run: "Run", sources: "Mapping[str, Source]", arguments: argparse.Namespace, show: Show
+) -> "dict[str, DomainText]":
+    from moe.probes.needle.questions import trained_digests
+    from moe.probes.specialisation.domains import read_domain, read_domains
+
+    read = partial(
+        read_domain,
+        tokenizer=run.tokenizer,
+        tokens=arguments.tokens,
+        sequence_length=run.config.data.sequence_length,
+        seed=arguments.seed,
+        exclude_digests=trained_digests(run),
+    )
+    texts = read_domains(sources, read)
+    for name, text in texts.items():
+        show(f"{name}: {text.tokens:,} tokens in {len(text.sequences)} sequences of {text.files} files")
+    return texts
+
+
+def _measure(
+    run: "Run", texts: "Mapping[str, DomainText]", arguments: argparse.Namespace
+) -> "SpecialisationRecord":
+    from moe.probes.needle.measured import measured_on
+    from moe.probes.specialisation.domains import domain_batches
+    from moe.probes.specialisation.measure import specialisation_of
+    from moe.probes.specialisation.record import SpecialisationRecord
+
+    with run.autocast():
+        found = specialisation_of(
+            run.model,
+            domain_batches(list(texts.values()), run.device),
+            labels=list(texts),
+            permutations=arguments.permutations,
+            seed=arguments.seed,
+        )
+    facts: dict[str, Any] = {
+        name: {
+            "folder": text.folder,
+            "files": text.files,
+            "sequences": len(text.sequences),
+            "digest": text.digest,
+        }
+        for name, text in texts.items()
+    }
+    length, seed = run.config.data.sequence_length, arguments.seed
+    return SpecialisationRecord(run.name, run.step, length, seed, facts, found, measured_on(run.device))
+
+
+def _print(record: "SpecialisationRecord", show: Show) -> None:
+    from moe.probes.specialisation.record import information_table, shares_table, verdict
+
+    found = record.found
+    for line in ["", *information_table(found), "", *shares_table(found), "", verdict(found)]:
+        show(line)

@@ -1,0 +1,125 @@
+"""What was measured of a run: plain data, kept as JSON, and its tables. Figures are made from it alone."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from moe.doctor import table
+from moe.json_files import read_json
+from moe.probes.specialisation.information import Null
+from moe.probes.specialisation.measure import LayerSpecialisation, Specialisation
+from moe.train.files import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialisationRecord:
+    """A run, its step, the texts of its labels (facts of each), what was found, and where."""
+
+    run: str
+    step: int
+    sequence_length: int
+    seed: int
+    texts: dict[str, Any]
+    found: Specialisation
+    environment: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, as a whole or not at all.
+
+        Raises:
+            OSError: as `moe.train.files.write_bytes`.
+        """
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON, or not such a record.
+        """
+        data = read_json(path)
+        try:
+            found = data.pop("found")
+            layers = tuple(_layer(one) for one in found.pop("layers"))
+            counts = {name: tuple(found.pop(name)) for name in ("labels", "tokens", "blocks")}
+            return cls(**data, found=Specialisation(**counts, layers=layers, **found))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no record of `sparse-moe experts` ({error}).") from None
+
+
+def information_table(found: Specialisation) -> list[str]:
+    """Layer by layer: information, entropies, and the two nulls."""
+    columns = (
+        "layer",
+        "I(expert; label)",
+        "H(label)",
+        "H(expert)",
+        "I / H(label)",
+        "block I",
+        "null mean",
+        "null 99 %",
+        "p",
+        "token null 99 %",
+        "token p",
+    )
+    return list(table(columns, [_row(layer) for layer in found.layers]))
+
+
+def shares_table(found: Specialisation) -> list[str]:
+    """The share of the slots of each label at each expert, in percent, for every layer."""
+    experts = len(found.layers[0].load)
+    rows = [
+        (str(layer.layer), label, *("-" if shares is None else [f"{100 * x:.1f}" for x in shares]))
+        for layer in found.layers
+        for label, shares in [*zip(found.labels, layer.shares, strict=True), ("all", layer.load)]
+    ]
+    filled = [(*row, *["-"] * (2 + experts - len(row))) for row in rows]
+    return list(table(("layer", "label", *map(str, range(experts))), filled))
+
+
+def verdict(found: Specialisation) -> str:
+    """One sentence: in how many layers the information is above the null of whole blocks."""
+    above = [layer for layer in found.layers if layer.mutual_information and _is_above(layer)]
+    p_values = [layer.by_block.p_value for layer in found.layers]
+    permutations = found.layers[0].by_block.permutations
+    return (
+        f"above the 99 % quantile of shuffled blocks in {len(above)} of {len(found.layers)} MoE layers; "
+        f"largest p {max(p_values):.3g} (the least that {permutations} permutations can give is "
+        f"{1 / (permutations + 1):.3g})"
+    )
+
+
+def _is_above(layer: LayerSpecialisation) -> bool:
+    return layer.by_block.found > layer.by_block.quantile_99
+
+
+def _row(layer: LayerSpecialisation) -> tuple[str, ...]:
+    block, token = layer.by_block, layer.by_token
+    return (
+        str(layer.layer),
+        f"{layer.mutual_information:.4f}",
+        f"{layer.label_entropy:.3f}",
+        f"{layer.expert_entropy:.3f}",
+        "-" if layer.normalised is None else f"{100 * layer.normalised:.2f} %",
+        f"{block.found:.4f}",
+        f"{block.mean:.4f}",
+        f"{block.quantile_99:.4f}",
+        f"{block.p_value:.3g}",
+        "-" if token is None else f"{token.quantile_99:.6f}",
+        "-" if token is None else f"{token.p_value:.3g}",
+    )
+
+
+def _layer(data: dict[str, Any]) -> LayerSpecialisation:
+    by_block, by_token = Null(**data.pop("by_block")), data.pop("by_token")
+    shares = tuple(None if row is None else tuple(row) for row in data.pop("shares"))
+    load = tuple(data.pop("load"))
+    return LayerSpecialisation(
+        **data,
+        shares=shares,
+        load=load,
+        by_block=by_block,
+        by_token=None if by_token is None else Null(**by_token),
+    )

@@ -1,0 +1,97 @@
+"""Figure of specialisation: which experts the slots of each label went to, a panel for every MoE layer.
+
+Needs matplotlib (the extra "train").
+"""
+
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from moe.probes.specialisation.measure import LayerSpecialisation, Specialisation
+from moe.probes.specialisation.record import SpecialisationRecord, verdict
+from moe.report.style import STYLE
+from moe.train.files import write_bytes
+
+# White is the share that all labels together have; orange is more, blue less.
+COLOURS = LinearSegmentedColormap.from_list("lift", ["#2b5c8a", "#ffffff", "#d1662a"])
+MOST_WRITTEN = 16  # experts: up to so many, every cell shows its percentage
+PANELS_ACROSS = 3
+_REACH = 2.0  # of the colours: log2 of share / share of all, from a quarter to four times
+_NORM = TwoSlopeNorm(0, vmin=-_REACH, vmax=_REACH)
+_EMPTY, _HATCH = "#e4e4e4", "#b4b4b4"
+
+
+def draw_specialisation(record: SpecialisationRecord, path: Path) -> Path:
+    """Write `specialisation_figure` as a file, in the format that the suffix of `path` names, such as .png.
+
+    Raises:
+        ValueError: a format that matplotlib does not write.
+    """
+    figure = specialisation_figure(record.found, f"{record.run}, step {record.step}")
+    content = BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(content, dpi=140, format=path.suffix.removeprefix(".") or "png")
+    write_bytes(path, content.getvalue())
+    return path
+
+
+def specialisation_figure(found: Specialisation, title: str) -> Figure:
+    """A heat map of labels by experts for every layer, with its mutual information and null above it."""
+    experts, labels, layers = len(found.layers[0].load), len(found.labels), len(found.layers)
+    across = min(PANELS_ACROSS, layers)
+    down = -(-layers // across)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        width = max(7.0, 1.6 + across * (1.0 + 0.42 * min(experts, 2 * MOST_WRITTEN)))
+        figure = Figure(figsize=(width, 1.3 + down * (1.5 + 0.42 * labels)), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False)
+        for axes, layer in zip(panels.flat, found.layers, strict=False):
+            draw_layer(axes, layer, found.labels)
+        for axes in panels.flat[layers:]:
+            axes.set_visible(False)
+        bar = figure.colorbar(
+            ScalarMappable(_NORM, COLOURS), ax=panels, shrink=0.9, label="share / share over all labels"
+        )
+        bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
+        counts = ", ".join(f"{name} {n:,}" for name, n in zip(found.labels, found.tokens, strict=True))
+        figure.suptitle(f"{title}: where the tokens go\ntokens: {counts}\n{verdict(found)}", fontsize=10)
+    return figure
+
+
+def draw_layer(axes: Axes, layer: LayerSpecialisation, labels: tuple[str, ...]) -> None:
+    """One heat map: a row for each label, a column for each expert, in percent of the label's slots."""
+    experts = len(layer.load)
+    shares = np.array([np.full(experts, np.nan) if row is None else row for row in layer.shares])
+    load = np.array(layer.load)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lift = np.ma.masked_invalid(np.clip(np.log2(shares / load), -_REACH, _REACH))
+    axes.patch.set(facecolor=_EMPTY, edgecolor=_HATCH, hatch="///", linewidth=0)
+    axes.pcolormesh(lift, cmap=COLOURS, norm=_NORM, edgecolors="white")
+    if experts <= MOST_WRITTEN:
+        for y, x in zip(*np.nonzero(~np.isnan(shares)), strict=True):
+            strong = not lift.mask.any() and abs(lift[y, x]) > 0.75 * _REACH
+            axes.text(
+                x + 0.5,
+                y + 0.5,
+                f"{100 * shares[y, x]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if strong else "black",
+            )
+    null = layer.by_block
+    axes.set_title(
+        f"layer {layer.layer}: {null.found:.3f} bits\n"
+        f"shuffled blocks: 99 % below {null.quantile_99:.3f}; p {null.p_value:.2g}",
+        fontsize=9,
+    )
+    axes.set(xlabel="expert (numbers: % of the label's slots)", ylim=(len(labels), 0))
+    axes.set_yticks(np.arange(len(labels)) + 0.5, labels)
+    step = 1 if experts <= MOST_WRITTEN else experts // 8
+    axes.set_xticks(np.arange(0, experts, step) + 0.5, [str(x) for x in range(0, experts, step)])
+    axes.tick_params(length=0)
