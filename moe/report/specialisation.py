@@ -78,7 +78,7 @@ def draw_layer(axes: Axes, layer: LayerSpecialisation, labels: tuple[str, ...]) 
             axes.text(
                 x + 0.5,
                 y + 0.5,
-                f"{100 * shares[y, x]:.0f}",
+                _percent(shares[y, x]),
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -86,8 +86,8 @@ def draw_layer(axes: Axes, layer: LayerSpecialisation, labels: tuple[str, ...]) 
             )
     null = layer.by_block
     axes.set_title(
-        f"layer {layer.layer}: {null.found:.3f} bits\n"
-        f"shuffled blocks: 99 % below {null.quantile_99:.3f}; p {null.p_value:.2g}",
+        f"layer {layer.layer}: {null.found:.4f} bits\n"
+        f"shuffled blocks: 99 % below {null.quantile_99:.4f}; p {null.p_value:.2g}",
         fontsize=9,
     )
     axes.set(xlabel="expert (numbers: % of the label's slots)", ylim=(len(labels), 0))
@@ -95,3 +95,8 @@ def draw_layer(axes: Axes, layer: LayerSpecialisation, labels: tuple[str, ...]) 
     step = 1 if experts <= MOST_WRITTEN else experts // 8
     axes.set_xticks(np.arange(0, experts, step) + 0.5, [str(x) for x in range(0, experts, step)])
     axes.tick_params(length=0)
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    return f"{percent:.0f}" if percent >= 1 or percent == 0 else f"{percent:.1f}"

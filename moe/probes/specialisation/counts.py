@@ -14,6 +14,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from moe.probes.specialisation.blocks import BlockCounts, runs
+from moe.probes.specialisation.token_ids import TokenIdCounts
 from moe.routing import Routing
 
 NOT_COUNTED = -1  # the label of a token that is left out
@@ -27,9 +28,12 @@ class RoutingCounts:
     labels      their names; a token has the number of one
     max_blocks  beyond, blocks of the same label are joined two by two: permutations get coarser, no count
                 is lost
+    vocab_size  v, if tokens are to be counted by their ids as well
     """
 
-    def __init__(self, labels: Sequence[str], *, max_blocks: int = MAX_BLOCKS) -> None:
+    def __init__(
+        self, labels: Sequence[str], *, max_blocks: int = MAX_BLOCKS, vocab_size: int | None = None
+    ) -> None:
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"labels={list(labels)} must be names, at least one and each once.")
         if max_blocks < 2 * len(labels):
@@ -40,20 +44,30 @@ class RoutingCounts:
         self.tokens = torch.zeros(len(labels), dtype=torch.int64)  # (y)
         self.blocks = BlockCounts(max_blocks)
         self.sets: list[SetCounts] = []  # of each layer
+        self.ids: TokenIdCounts | None = None  # made by the first `add`, where there is a vocab_size
+        self.vocab_size = vocab_size
         self.num_experts = self.top_k = 0
 
-    def add(self, routings: Sequence[Routing], labels: Tensor, *, documents: Tensor | None = None) -> None:
+    def add(
+        self,
+        routings: Sequence[Routing],
+        labels: Tensor,
+        *,
+        documents: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> None:
         """Count the routings of one forward pass, one for each MoE layer.
 
         labels     (b s) int64, or (b) for whole sequences; -1 leaves a token out, and so does padding
         documents  (b s) or (b) int64: the blocks, which may go on in later passes; None: runs of a label
+        ids        (b s) int64 of the tokens, if there is a vocab_size
 
         Pairs with the id e were dropped: they are counted as such. Capacity drops later, in the plan, and
         does not show here.
 
         Raises:
             ValueError: no routing, another number of layers, experts or tokens than expected, a label without
-                a name, or a document with two labels.
+                a name, ids without a vocab_size or the reverse, or a document with two labels.
         """
         experts = self._check_routings(routings)  # (t l k)
         labels = _per_token(labels, "labels", len(experts))
@@ -61,6 +75,7 @@ class RoutingCounts:
         counted = labels != NOT_COUNTED
         if (mask := routings[0].mask) is not None:
             counted &= rearrange(mask.cpu(), "(b s) -> b s", b=len(labels))
+        ids = self._check_ids(ids, labels)
         if documents is None:
             rows = self.blocks.new_rows(runs(labels, counted)[counted], labels[counted])
         else:
@@ -71,6 +86,8 @@ class RoutingCounts:
         self.blocks.add(rows, experts, self.num_experts)
         for layer, sets in enumerate(self.sets):
             sets.add(experts[:, layer], labels)
+        if self.ids is not None:
+            self.ids.add(ids[counted], labels, experts)
 
     @property
     def slots(self) -> Tensor:
@@ -91,18 +108,38 @@ class RoutingCounts:
         shapes = {(*one.experts.shape, one.num_experts) for one in routings}
         if len(shapes) > 1:
             raise ValueError(
-                f"layers differ in (tokens, top_k, experts): {sorted(shapes)}. Count them apart."
+                f"(tokens, top_k, experts) differ between layers: {sorted(shapes)}. Count them apart."
             )
         ((_, top_k, num_experts),) = shapes
         if not self.sets:
             self.num_experts, self.top_k = num_experts, top_k
             self.sets = [SetCounts(len(self.labels), top_k) for _ in routings]
+            if self.vocab_size is not None:
+                sizes = (len(self.labels), self.vocab_size, len(routings), num_experts)
+                self.ids = TokenIdCounts(*sizes)
         new, old = (len(routings), top_k, num_experts), (len(self.sets), self.top_k, self.num_experts)
         if new != old:
             raise ValueError(
                 f"(layers, top_k, experts) are {new}, and were {old}: count one model at a time."
             )
         return torch.stack([one.experts for one in routings], dim=1).cpu()
+
+    def _check_ids(self, ids: Tensor | None, labels: Tensor) -> Tensor:
+        if (ids is None) != (self.vocab_size is None):
+            given = "missing" if ids is None else "given"
+            raise ValueError(f"ids are {given} with vocab_size={self.vocab_size}. Give both or none.")
+        if ids is None or self.vocab_size is None:
+            return labels  # not looked at
+        if ids.shape != labels.shape or ids.dtype != torch.int64:
+            raise ValueError(
+                f"ids must be int64 {tuple(labels.shape)}, got {tuple(ids.shape)} of {ids.dtype}."
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"ids go from {int(ids.min())} to {int(ids.max())}; vocab_size={self.vocab_size} has "
+                f"0 to {self.vocab_size - 1}."
+            )
+        return ids.cpu()
 
     def _check_labels(self, labels: Tensor) -> None:
         wrong = labels[(labels < NOT_COUNTED) | (labels >= len(self.labels))]

@@ -61,7 +61,7 @@ def default_sources() -> dict[str, Source]:
     return {
         "python": Source(packages, (".py",)),
         "c++": Source(headers, (".h", ".hpp", ".cuh")),
-        "prose": Source(packages, (".dist-info/METADATA",), has_header=True),
+        "prose": Source(packages, ("METADATA",), has_header=True),
     }
 
 
@@ -157,8 +157,7 @@ def _files(source: Source) -> list[Path]:
         raise FileNotFoundError(f"{str(root)!r} does not exist. Give a folder of text files.")
     if not root.is_dir():
         raise NotADirectoryError(f"{str(root)!r} is a file. Give the folder that holds it.")
-    files = list_files(root, DataConfig(folder=str(root)))
-    return [path for path in files if path.as_posix().endswith(source.suffixes or "")]
+    return list_files(root, DataConfig(folder=str(root), suffixes=source.suffixes))
 
 
 def _texts(files: Sequence[Path], source: Source, excluded: set[str]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ independent ones, more for dependent ones). It is not corrected; the null says w
 same estimate with labels shuffled, so that no information is left. p = (r + 1) / (permutations + 1), r of the
 permutations being at least what was found (Phipson and Smyth 2010): never 0.
 
-Axes: n blocks, l MoE layers, y labels, m sets, r permutations; the others as in `moe`.
+Axes: n blocks, y labels, m sets, r permutations; the others as in `moe`.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,14 @@ _ROUNDING = 1e-12  # bits: equal tables, summed in another order, must count as 
 class Null:
     """The mutual information of shuffled labels beside the one found, in bits.
 
-    found  of the same statistic, with the true labels
-    units  how many labels were shuffled: blocks, or tokens
+    found       of the same statistic, with the true labels
+    units       how many labels were shuffled: of blocks, or of tokens
+    unit_slots  how many slots each of them brought; for tokens at most, less dropped pairs
     """
 
     found: float
     units: int
+    unit_slots: int
     permutations: int
     mean: float
     quantile_95: float
@@ -39,12 +41,12 @@ class Null:
     p_value: float
 
     @classmethod
-    def of(cls, found: float, shuffled: Floats, units: int) -> "Null":
+    def of(cls, found: float, shuffled: Floats, units: int, unit_slots: int) -> "Null":
         """Compare with the information of shuffled labels (r)."""
         as_large = int((shuffled >= found - _ROUNDING).sum())
         q95, q99 = np.quantile(shuffled, (0.95, 0.99)).tolist()
         p_value = (as_large + 1) / (len(shuffled) + 1)
-        return cls(found, units, len(shuffled), float(shuffled.mean()), q95, q99, p_value)
+        return cls(found, units, unit_slots, len(shuffled), float(shuffled.mean()), q95, q99, p_value)
 
 
 def entropy(counts: Counts) -> Floats:
@@ -60,36 +62,37 @@ def mutual_information(table: Counts) -> Floats:
     return np.maximum(entropy(table.sum(-1)) + entropy(table.sum(-2)) - both, 0)
 
 
-def block_profiles(slots: Counts) -> Floats:
-    """slots (n l e) as shares: every block weighs 1 in every layer; 0 where all its pairs were dropped."""
-    total = slots.sum(-1, keepdims=True)
-    return slots / np.where(total > 0, total, 1)
+def block_null(
+    slots: NDArray[np.int64], labels: NDArray[np.int64], num_labels: int, *, permutations: int, seed: int
+) -> Null:
+    """The null in which whole blocks of slots (n e) exchange their labels (n).
 
-
-def block_information(profiles: Floats, labels: NDArray[np.int64], num_labels: int) -> Floats:
-    """Mutual information (l) where every block of profiles (n l e) counts once, under labels (n)."""
-    is_of = (labels == np.arange(num_labels)[:, None]).astype(np.float64)  # (y n)
-    table = is_of @ profiles.reshape(len(profiles), -1)  # (y l*e)
-    table = table.reshape(num_labels, *profiles.shape[1:])
-    return mutual_information(table.swapaxes(0, 1))
-
-
-def block_nulls(
-    slots: Counts, labels: NDArray[np.int64], num_labels: int, *, permutations: int, seed: int
-) -> list[Null]:
-    """One null a layer: whole blocks of slots (n l e) exchange their labels (n).
-
-    Tokens of a block stay together, so what neighbours share is no evidence. Every block weighs the same:
-    else a permutation would also change how much each label weighs, and the test would be wrong where
-    blocks of one label are longer. It is exact where blocks are exchangeable, if labels tell nothing.
+    Tokens of a block stay together, so what neighbours share is no evidence. Of every block the same number
+    of slots is drawn, `unit_slots`; blocks with fewer are left out. Were they of their own lengths, shuffling
+    would also change how noisy each label is, and where one label has few short blocks the test would find
+    information where there is none. As it is, p is exact where labels tell nothing of a block but its length.
     """
     rng = np.random.default_rng(seed)
-    profiles = block_profiles(slots)
-    found = block_information(profiles, labels, num_labels)
-    shuffled = np.stack(
-        [block_information(profiles, rng.permutation(labels), num_labels) for _ in range(permutations)]
-    )  # (r l)
-    return [Null.of(float(one), null, len(labels)) for one, null in zip(found, shuffled.T, strict=True)]
+    size = _common_size(slots.sum(1), labels)
+    whole = np.flatnonzero((slots.sum(1) >= size) & (size > 0))
+    if not len(whole):
+        return Null.of(0.0, np.zeros(permutations), 0, 0)
+    thinned = np.stack([rng.multivariate_hypergeometric(row, size) for row in slots[whole]])
+    names = np.arange(num_labels)[:, None]
+
+    def table(labels: NDArray[np.int64]) -> Floats:
+        return (labels == names).astype(np.float64) @ thinned  # (y e)
+
+    labels = labels[whole]
+    shuffled = np.stack([table(rng.permutation(labels)) for _ in range(permutations)])
+    found = float(mutual_information(table(labels)))
+    return Null.of(found, mutual_information(shuffled), len(whole), size)
+
+
+def _common_size(sizes: NDArray[np.int64], labels: NDArray[np.int64]) -> int:
+    """The median size of the blocks of the label where that is least; blocks without slots do not count."""
+    medians = [np.median(sizes[(labels == y) & (sizes > 0)]) for y in np.unique(labels[sizes > 0])]
+    return int(min(medians, default=0))
 
 
 def token_null(
@@ -111,7 +114,7 @@ def token_null(
     tables = np.stack([_deal(tokens, rng) @ contains for _ in range(permutations)])  # (r y e)
     shuffled = mutual_information(tables)
     found = float(mutual_information(tokens.T @ contains))
-    return Null.of(found, shuffled, int(tokens.sum()))
+    return Null.of(found, shuffled, int(tokens.sum()), sets.shape[1])
 
 
 def _deal(tokens: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

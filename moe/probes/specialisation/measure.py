@@ -14,7 +14,7 @@ from moe.decoder import Decoder
 from moe.probes.specialisation.counts import RoutingCounts
 from moe.probes.specialisation.information import (
     Null,
-    block_nulls,
+    block_null,
     entropy,
     mutual_information,
     token_null,
@@ -43,14 +43,16 @@ class LabelledBatch:
 class LayerSpecialisation:
     """One MoE layer. Entropies and information are in bits, over the top-k slots, each counted once.
 
-    shares    for each label the share of its slots at each expert; None for a label without slots
-    load      the share of all slots at each expert
+    shares      for each label the share of its slots at each expert; None for a label without slots
+    load        the share of all slots at each expert
     normalised  mutual_information / label_entropy: 1 where the expert tells the label; None where there is
                 one label alone
-    dropped   pairs of counted tokens that went to no expert
-    by_block  the null that whole blocks give: the one to believe
-    by_token  the null that single tokens give, too easy to pass; None where there were too many different
-              sets of experts to keep
+    by_ids      the part of mutual_information that the ids of the tokens explain (`TokenIdCounts.explained`);
+                None where they were not counted
+    dropped     pairs of counted tokens that went to no expert
+    by_block    the null that whole blocks give: the one to believe
+    by_token    the null that single tokens give, too easy to pass; None where there were too many different
+                sets of experts to keep
     """
 
     layer: int
@@ -62,6 +64,7 @@ class LayerSpecialisation:
     label_entropy: float
     expert_entropy: float
     normalised: float | None
+    by_ids: float | None
     by_block: Null
     by_token: Null | None
 
@@ -87,27 +90,32 @@ def specialisation_of(
 ) -> Specialisation:
     """Run the decoder over batches, in evaluation mode, and compare experts with labels.
 
-    labels: the names of labels 0, 1, ... `progress` is told the tokens of each batch. Padding is not counted.
+    labels: the names of labels 0, 1, ... `progress` is told the tokens of each batch. Batches hold either ids
+    or embeddings, not now one and now the other. Padding is not counted.
     The caller chooses the precision (`Run.autocast`).
 
     Raises:
-        ValueError: as `RoutingCounts.add`, `specialisation` and `Decoder.hidden`.
+        ValueError: no batch; as `RoutingCounts.add`, `specialisation` and `Decoder.hidden`.
     """
-    counts = RoutingCounts(labels)
+    counts: RoutingCounts | None = None
     was_training = decoder.training
     decoder.eval()
     try:
         with torch.inference_mode():
             for batch in batches:
-                hidden = (
-                    decoder.hidden(inputs_embeds=batch.inputs, mask=batch.mask)
-                    if batch.inputs.is_floating_point()
-                    else decoder.hidden(batch.inputs, mask=batch.mask)
-                )
-                counts.add(hidden.routings, batch.labels, documents=batch.documents)
+                ids = None if batch.inputs.is_floating_point() else batch.inputs
+                embeds = batch.inputs if ids is None else None
+                hidden = decoder.hidden(ids, inputs_embeds=embeds, mask=batch.mask)
+                if counts is None:
+                    counts = RoutingCounts(
+                        labels, vocab_size=None if ids is None else decoder.config.vocab_size
+                    )
+                counts.add(hidden.routings, batch.labels, documents=batch.documents, ids=ids)
                 progress(batch.inputs.shape[0] * batch.inputs.shape[1])
     finally:
         decoder.train(was_training)
+    if counts is None:
+        raise ValueError("there is no batch to count. Give at least one.")
     return specialisation(counts, layers=decoder.moe_layers, permutations=permutations, seed=seed)
 
 
@@ -130,26 +138,29 @@ def specialisation(
     layers = range(len(counts.sets)) if layers is None else layers
     if len(layers) != len(counts.sets):
         raise ValueError(f"layers={list(layers)} must name the {len(counts.sets)} layers that were counted.")
-    block_labels, num_labels = counts.blocks.labels.numpy(), len(counts.labels)
-    nulls = block_nulls(
-        counts.blocks.slots.numpy(), block_labels, num_labels, permutations=permutations, seed=seed
-    )
     return Specialisation(
         counts.labels,
         tuple(counts.tokens.tolist()),
-        tuple(counts.blocks.labels.bincount(minlength=num_labels).tolist()),
+        tuple(counts.blocks.labels.bincount(minlength=len(counts.labels)).tolist()),
         tuple(
-            _layer(counts, index, layer, null, permutations=permutations, seed=seed)
-            for index, (layer, null) in enumerate(zip(layers, nulls, strict=True))
+            _layer(counts, index, layer, permutations=permutations, seed=seed)
+            for index, layer in enumerate(layers)
         ),
     )
 
 
 def _layer(
-    counts: RoutingCounts, index: int, layer: int, by_block: Null, *, permutations: int, seed: int
+    counts: RoutingCounts, index: int, layer: int, *, permutations: int, seed: int
 ) -> LayerSpecialisation:
     table, sets = counts.slots[index].numpy(), counts.sets[index]  # (y e)
     label_entropy, information = float(entropy(table.sum(1))), float(mutual_information(table))
+    by_block = block_null(
+        counts.blocks.slots[:, index].numpy(),
+        counts.blocks.labels.numpy(),
+        len(counts.labels),
+        permutations=permutations,
+        seed=seed,
+    )
     by_token = None
     if sets.is_complete:
         by_token = token_null(
@@ -165,6 +176,7 @@ def _layer(
         label_entropy=label_entropy,
         expert_entropy=float(entropy(table.sum(0))),
         normalised=information / label_entropy if label_entropy > 0 else None,
+        by_ids=counts.ids.explained(index) if counts.ids is not None and counts.ids.is_complete else None,
         by_block=by_block,
         by_token=by_token,
     )

@@ -54,15 +54,15 @@ def information_table(found: Specialisation) -> list[str]:
     columns = (
         "layer",
         "I(expert; label)",
+        "explained by ids",
         "H(label)",
         "H(expert)",
         "I / H(label)",
-        "block I",
+        "I of blocks",
         "null mean",
         "null 99 %",
         "p",
         "token null 99 %",
-        "token p",
     )
     return list(table(columns, [_row(layer) for layer in found.layers]))
 
@@ -81,7 +81,7 @@ def shares_table(found: Specialisation) -> list[str]:
 
 def verdict(found: Specialisation) -> str:
     """One sentence: in how many layers the information is above the null of whole blocks."""
-    above = [layer for layer in found.layers if layer.mutual_information and _is_above(layer)]
+    above = [layer for layer in found.layers if _is_above(layer)]
     p_values = [layer.by_block.p_value for layer in found.layers]
     permutations = found.layers[0].by_block.permutations
     return (
@@ -100,6 +100,7 @@ def _row(layer: LayerSpecialisation) -> tuple[str, ...]:
     return (
         str(layer.layer),
         f"{layer.mutual_information:.4f}",
+        "-" if layer.by_ids is None else f"{layer.by_ids:.4f}",
         f"{layer.label_entropy:.3f}",
         f"{layer.expert_entropy:.3f}",
         "-" if layer.normalised is None else f"{100 * layer.normalised:.2f} %",
@@ -108,7 +109,6 @@ def _row(layer: LayerSpecialisation) -> tuple[str, ...]:
         f"{block.quantile_99:.4f}",
         f"{block.p_value:.3g}",
         "-" if token is None else f"{token.quantile_99:.6f}",
-        "-" if token is None else f"{token.p_value:.3g}",
     )
 
 
