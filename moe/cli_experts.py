@@ -66,6 +66,9 @@ def run_experts(arguments: argparse.Namespace, show: Show) -> int:
         raise ValueError(
             f"{arguments.run} has no MoE layer, and so no experts. Train with model.num_experts."
         )
+    for name in ("tokens", "permutations"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
     target = arguments.json or arguments.run / FILE
     check_target(target, ".json")
     texts = _read(run, _sources(arguments), arguments, show)
