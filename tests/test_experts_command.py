@@ -98,13 +98,12 @@ def test_batches_hold_every_token_once_with_its_label_and_file(tmp_path):
     texts = [read_domain(Source(one), BYTES, tokens=190, sequence_length=64) for one in (a, b)]
     batches = list(domain_batches(texts, torch.device("cpu")))
     assert [set(batch.labels.tolist()) for batch in batches] == [{0}, {1}]
-    rows = [
-        (int(label), int(document), bytes(ids[mask].tolist()))
-        for batch in batches
-        for ids, label, document, mask in zip(
-            batch.inputs, batch.labels, batch.documents, batch.mask, strict=True
-        )
-    ]
+    rows: list[tuple[int, int, bytes]] = []
+    for batch in batches:
+        assert batch.documents is not None and batch.mask is not None
+        columns = (batch.inputs, batch.labels, batch.documents, batch.mask)
+        for ids, label, document, mask in zip(*columns, strict=True):
+            rows.append((int(label), int(document), bytes(ids[mask].tolist())))
     assert [row[2] for row in rows] == [s.tobytes() for text in texts for s in text.sequences]
     assert not {d for y, d, _ in rows if y == 0} & {d for y, d, _ in rows if y == 1}
     assert len({d for _, d, _ in rows}) == sum(text.files for text in texts)

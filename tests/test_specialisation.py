@@ -56,7 +56,7 @@ def passes(draw):
     made = []
     for _ in range(count):
         b, s = rng.integers(1, 4), rng.integers(1, 9)
-        chosen = np.stack([random_choices(rng, b * s, num_experts, top_k) for _ in range(layers)], 1)
+        chosen = np.stack([random_choices(rng, int(b * s), num_experts, top_k) for _ in range(layers)], 1)
         chosen[rng.random(chosen.shape) < 0.1] = num_experts
         labels = rng.integers(-1, len(LABELS), (b, s))
         mask = rng.random((b, s)) < 0.8 if rng.random() < 0.5 else np.ones((b, s), dtype=bool)
@@ -145,7 +145,7 @@ def test_experts_that_are_a_function_of_the_label_tell_all_of_it(top_k):
     (layer,) = specialisation(counts, permutations=99).layers
     assert layer.mutual_information == pytest.approx(math.log2(3)) == pytest.approx(layer.label_entropy)
     assert layer.normalised == pytest.approx(1)
-    assert layer.by_block.p_value == layer.by_token.p_value == 0.01
+    assert layer.by_token is not None and layer.by_block.p_value == layer.by_token.p_value == 0.01
     assert layer.expert_entropy == pytest.approx(math.log2(3 * top_k))
 
 
@@ -155,6 +155,7 @@ def test_experts_that_do_not_look_at_the_label_tell_no_more_than_shuffled_labels
     labels = torch.from_numpy(draw.integers(0, 3, (40, 50)))
     counts.add([routing(random_choices(draw, 2000, 8, 2), 8)], labels)
     (layer,) = specialisation(counts, permutations=199).layers
+    assert layer.by_token is not None
     for null in (layer.by_block, layer.by_token):
         assert null.p_value > 0.05
         assert null.mean / 2 < null.found < null.quantile_95
@@ -331,6 +332,12 @@ def test_too_many_blocks_are_joined_two_by_two_and_nothing_is_lost():
     many.add([routing(random_choices(draw, 100, 4, 1), 4)], torch.arange(100).reshape(1, 100) % 2)
     assert many.blocks.labels.tolist() == [0, 0, 1, 1]
     assert int(many.slots.sum()) == 100
+
+
+def test_a_set_has_no_order():
+    sets = SetCounts(2, 3)
+    sets.add(torch.tensor([[4, 0, 2], [2, 4, 0], [0, 2, 3]]), torch.tensor([0, 1, 1]))
+    assert (sets.sets.tolist(), sets.tokens.tolist()) == ([[0, 2, 3], [0, 2, 4]], [[0, 1], [1, 1]])
 
 
 def test_more_sets_than_are_kept_leave_the_null_of_tokens_out():

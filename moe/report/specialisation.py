@@ -78,7 +78,7 @@ def draw_layer(axes: Axes, layer: LayerSpecialisation, labels: tuple[str, ...]) 
             axes.text(
                 x + 0.5,
                 y + 0.5,
-                _percent(shares[y, x]),
+                _percent(float(shares[y, x])),
                 ha="center",
                 va="center",
                 fontsize=8,
