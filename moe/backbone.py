@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         )
 
     def embed(self, ids: Tensor, modality: Tensor | None = None, features: Tensor | None = None) -> Tensor:
-        """What the layers read (b s d), of ids (b s) and, with modalities, modality (b s), features (b s f)."""
+        """ids (b s), and with modalities modality (b s), features (b s f) -> what the layers read (b s d)."""
         x = self.embed_tokens(ids)
         if self.embed_modalities is not None:
             x = self.embed_modalities(x, modality, features)

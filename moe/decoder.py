@@ -37,12 +37,15 @@ from moe.modality_embedder import check_modality_inputs
 from moe.ops.choose import Backend
 from moe.places import At, check_places
 from moe.plan import RoutingPlan
+from moe.prompts import Prompt
 from moe.routing import Routing
 from moe.tensor_files import TensorReader, list_tensors
 
 if TYPE_CHECKING:
     from moe.hf.checkpoint import Origin
     from moe.hf.tensor_names import Layout
+
+NEEDS_MODALITIES = "Make it with DecoderConfig(modalities=ModalityConfig(...))."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,9 +142,7 @@ class Decoder(nn.Module):
         if self.config.modalities is not None:
             check_modality_inputs(self.config.modalities, ids, modality, features)
         elif modality is not None or features is not None:
-            raise ValueError(
-                "this decoder reads text alone. Make it with DecoderConfig(modalities=ModalityConfig(...))."
-            )
+            raise ValueError(f"this decoder reads text alone. {NEEDS_MODALITIES}")
         return self.model.embed(ids, modality, features)
 
     def forward(
@@ -276,7 +277,7 @@ class Decoder(nn.Module):
             z = torch.stack([router_z_loss(routing) for routing in routings]).mean()
         return balance, z
 
-    def generate(self, ids: Tensor, **options: Unpack[Options]) -> Tensor:
+    def generate(self, ids: Prompt, **options: Unpack[Options]) -> Tensor:
         """Prompt and continuation, (b s + new tokens); see `moe.generate.generate`."""
         return generate(self, ids, **options)
 

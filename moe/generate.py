@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Required, TypedDict, Unpack
+from typing import TYPE_CHECKING, Required, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from moe.kv_cache import KVCache
+from moe.prompts import Prompt, Prompts
 
 if TYPE_CHECKING:
     from moe.decoder import Decoder
@@ -58,34 +59,37 @@ class Options(SamplingOptions, total=False):
     pad: int
 
 
-def generate(decoder: "Decoder", ids: Tensor, **options: Unpack[Options]) -> Tensor:
+def generate(decoder: "Decoder", ids: Prompt, **options: Unpack[Options]) -> Tensor:
     """Continue the prompts ids (b s) -> (b s + n) int64: prompt, new tokens, and `pad` after a row's stop.
 
-    The global random state, the training mode and the gradient mode are left as they were.
+    Instead of ids, a prompt may be an `Interleaved` sequence, or a `ModalityBatch` that is padded at the left
+    and needs no mask: they are continued with text, and their tokens that are no text count as id 0. The
+    global random state, the training mode and the gradient mode are left as they were.
 
     Raises:
         ValueError: an option or a prompt that makes no sense.
         FloatingPointError: the model returns NaN. Greedy on a GPU, that is found with the last token.
     """
     on_token, pad = options.pop("on_token", None), options.pop("pad", 0)
+    sampling = Sampling(**cast("SamplingOptions", options))
+    prompts = sampling.read_prompt(decoder, ids)
     steps: list[Tensor] = []
-    for tokens in stream(decoder, ids, **options):
+    for tokens in _steps(decoder, prompts, sampling):
         steps.append(tokens)
         if on_token is not None:
             on_token(tokens)
     new = torch.stack(steps, dim=1)
-    return torch.cat([ids, new.masked_fill(new == STOPPED, pad)], dim=1)
+    return torch.cat([prompts.ids, new.masked_fill(new == STOPPED, pad)], dim=1)
 
 
-def stream(decoder: "Decoder", ids: Tensor, **options: Unpack[SamplingOptions]) -> Iterator[Tensor]:
+def stream(decoder: "Decoder", ids: Prompt, **options: Unpack[SamplingOptions]) -> Iterator[Tensor]:
     """Yield each step's tokens (b) int64 as they are drawn; -1 (STOPPED) in rows that have stopped.
 
     Ends after `max_new_tokens`, or when all rows have stopped. A stop is yielded too. Raises as `generate`,
     and at the call, not at the first token.
     """
     sampling = Sampling(**options)
-    sampling.check_prompt(ids)
-    return _steps(decoder, ids, sampling)
+    return _steps(decoder, sampling.read_prompt(decoder, ids), sampling)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -148,17 +152,24 @@ class Sampling:
         each = (stop,) if isinstance(stop, int) else stop
         return tuple((one,) if isinstance(one, int) else tuple(one) for one in each)
 
-    def check_prompt(self, ids: Tensor) -> None:
-        """Refuse prompts with nothing to continue."""
+    def read_prompt(self, decoder: "Decoder", prompt: Prompt) -> Prompts:
+        """The prompts, which have something to continue.
+
+        Raises:
+            ValueError: they have not, or a mask that does not belong.
+        """
+        prompts = Prompts.of(prompt, self.mask, decoder.head_weight.device)
+        ids, mask = prompts.ids, prompts.mask
         if ids.dim() != 2 or not ids.numel():
             raise ValueError(
                 f"ids must be prompts (b s) of at least one token, got shape {tuple(ids.shape)}. "
                 f"Start with a token such as the end of a document."
             )
-        if self.mask is not None and self.mask.shape == ids.shape and not bool(self.mask[:, -1].all()):
+        if mask is not None and mask.shape == ids.shape and not bool(mask[:, -1].all()):
             raise ValueError(
                 "mask is False at the end of a prompt; pad on the left, so that tokens can follow."
             )
+        return prompts
 
     def must_look(self, device: torch.device) -> bool:
         """Whether each step needs the numbers of the one before; if not, a GPU need not be waited for."""
@@ -180,8 +191,8 @@ class Sampling:
 
 
 @torch.no_grad()  # around each step, not around what the caller does between two steps
-def _steps(decoder: "Decoder", ids: Tensor, sampling: Sampling) -> Iterator[Tensor]:
-    cache = sampling.cache
+def _steps(decoder: "Decoder", prompts: Prompts, sampling: Sampling) -> Iterator[Tensor]:
+    ids, cache = prompts.ids, sampling.cache
     if cache is None:
         cache = KVCache(capacity=ids.shape[1] + min(sampling.max_new_tokens, 1024))
     generator = torch.Generator(ids.device)
@@ -191,7 +202,7 @@ def _steps(decoder: "Decoder", ids: Tensor, sampling: Sampling) -> Iterator[Tens
     for left in reversed(range(sampling.max_new_tokens)):
         with evaluating(decoder):
             if tokens is ids:
-                hidden = decoder.hidden(ids, mask=sampling.mask, cache=cache, at=1)
+                hidden = prompts.hidden(decoder, cache, at=1)
             else:  # not checked again: ids that were drawn are in the vocabulary, and looking waits for a GPU
                 hidden = decoder.model(tokens, None, cache, 1)
             logits = decoder.logits(hidden.states[:, -1])

@@ -1,5 +1,6 @@
 """What a decoder knows of images, video and sound: the sizes of their tokens, as frozen data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -24,12 +25,12 @@ class ModalityConfig:
     An image or a frame is cut into square patches, a waveform into log-mel frames (moe.mel): a token each.
 
     Raises:
-        ValueError: a size below 1, a window shorter than its hop, or more mel bands than a spectrum has
-            numbers.
+        ValueError: a size below 1, a window shorter than its hop, or a mel band without any frequency.
     """
 
     patch_size: int = 8  # pixels of a patch's side
     num_channels: int = 1  # of a pixel
+    fps: float | None = None  # frames a second that are read of a video; None: all of them
     sampling_rate: int = 8000  # samples a second
     n_fft: int = 256  # samples of a window
     hop_length: int = 256  # samples from one window to the next
@@ -38,17 +39,24 @@ class ModalityConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for field in fields(self):
-            require_positive(self, field.name)
+            if getattr(self, field.name) is not None:
+                require_positive(self, field.name)
         if self.hop_length > self.n_fft:
             raise ValueError(
                 f"hop_length={self.hop_length} is over n_fft={self.n_fft}: samples between two windows would "
                 f"never be heard. Lower hop_length."
             )
-        if self.num_mel_bins > self.n_fft // 2:
-            raise ValueError(
-                f"num_mel_bins={self.num_mel_bins} is over n_fft / 2 = {self.n_fft // 2}, the numbers of a "
-                f"spectrum. Lower num_mel_bins or raise n_fft."
-            )
+        self._check_bands()
+
+    def _check_bands(self) -> None:
+        spacing, edges = self.sampling_rate / self.n_fft, self.mel_edges
+        for band, (low, high) in enumerate(zip(edges, edges[2:], strict=False)):
+            if (math.floor(low / spacing) + 1) * spacing >= high:
+                raise ValueError(
+                    f"num_mel_bins={self.num_mel_bins} leaves band {band}, from {low:.0f} to {high:.0f} Hz, "
+                    f"without a frequency: n_fft={self.n_fft} has one every {spacing:.1f} Hz. "
+                    f"Lower num_mel_bins or raise n_fft."
+                )
 
     @property
     def image_width(self) -> int:
@@ -59,6 +67,15 @@ class ModalityConfig:
     def audio_width(self) -> int:
         """Numbers of one audio frame."""
         return self.num_mel_bins
+
+    @property
+    def mel_edges(self) -> tuple[float, ...]:
+        """Hertz where the mel bands begin, culminate and end: num_mel_bins + 2 numbers from 0 to rate / 2.
+
+        They are equally far apart on Slaney's scale, linear below 1000 Hz and logarithmic above.
+        """
+        last = hertz_to_mel(self.sampling_rate / 2)
+        return tuple(mel_to_hertz(last * i / (self.num_mel_bins + 1)) for i in range(self.num_mel_bins + 2))
 
     @property
     def feature_size(self) -> int:
@@ -78,3 +95,13 @@ class ModalityConfig:
             ValueError: an unknown key (with the nearest known one), or values that are refused.
         """
         return from_plain(cls, data)
+
+
+def hertz_to_mel(hertz: float) -> float:
+    """Slaney's mel scale: 3 mel are 200 Hz up to 1000 Hz, and 27 mel a factor of 6.4 above."""
+    return hertz * 3 / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000) / math.log(6.4)
+
+
+def mel_to_hertz(mel: float) -> float:
+    """The inverse of `hertz_to_mel`."""
+    return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)

@@ -44,14 +44,16 @@ class ModalityEmbedder(nn.Module):
         text (b s d) is what the token table says; it is read where the modality is text. Without the other
         two, every token is text. Numbers of a token beyond the width of its modality are not read.
         """
+        # `.value`, because a compiler does not compare tensors with members of an enum
+        of_text, of_image, of_video, of_audio = self.vectors
         if modality is None or features is None:
-            return text + self.vectors[Modality.TEXT]
-        features = features.to(text.dtype)
-        images = self.image_proj(features[..., : self.config.image_width]).to(text.dtype)
-        sounds = self.audio_proj(features[..., : self.config.audio_width]).to(text.dtype)
-        kind = rearrange(modality, "b s -> b s 1")
-        other = torch.where(kind == Modality.AUDIO, sounds, images)
-        return torch.where(kind == Modality.TEXT, text, other) + self.vectors[modality]
+            return text + of_text
+        features, kind = features.to(text.dtype), rearrange(modality, "b s -> b s 1")
+        seen = self.image_proj(features[..., : self.config.image_width]).to(text.dtype)
+        seen = seen + of_image.where(kind == Modality.IMAGE.value, of_video)
+        heard = self.audio_proj(features[..., : self.config.audio_width]).to(text.dtype) + of_audio
+        other = heard.where(kind == Modality.AUDIO.value, seen)
+        return (text + of_text).where(kind == Modality.TEXT.value, other)
 
 
 def check_modality_inputs(

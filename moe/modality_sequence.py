@@ -5,12 +5,16 @@ Axes: s tokens, n tokens that are no text, f features of a token, b sequences.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moe.cross_entropy import IGNORED
 from moe.modality_config import Modality
+
+PaddingSide = Literal["right", "left"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,3 +119,58 @@ def next_text(ids: Tensor, loss_mask: Tensor) -> Tensor:
 
 def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} of {tensor.dtype}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModalityBatch:
+    """Sequences side by side, each padded to the longest with text that the mask hides.
+
+    ids       (b s) int64, 0 where there is no text
+    modality  (b s) int64, of `Modality`
+    features  (b s f) float32, 0 where there is text and beyond the width of a modality
+    mask      (b s) bool, True at real tokens
+    """
+
+    ids: Tensor
+    modality: Tensor
+    features: Tensor
+    mask: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Decoder.embed` takes."""
+        return self.ids, self.modality, self.features
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """(b s) bool, True at real tokens whose next token is real text."""
+        is_text = self.mask & (self.modality == Modality.TEXT)
+        follows = self.mask & is_text.roll(-1, -1)
+        follows[:, -1:] = False
+        return follows
+
+    @property
+    def targets(self) -> Tensor:
+        """(b s) int64, the next id at places of `loss_mask`, else IGNORED."""
+        return next_text(self.ids, self.loss_mask)
+
+    def to(self, device: torch.device | str) -> "ModalityBatch":
+        """The batch on another device."""
+        return ModalityBatch(*(x.to(device) for x in (*self.inputs, self.mask)))
+
+
+def collate(sequences: Sequence[Interleaved], *, padding_side: PaddingSide = "right") -> ModalityBatch:
+    """Sequences in one batch, padded at the right for training, or at the left to be continued.
+
+    Raises:
+        ValueError: no sequences, an empty one, or other numbers of features.
+    """
+    if not sequences or not all(map(len, sequences)):
+        raise ValueError("a batch needs sequences of at least one token; leave empty ones out.")
+    if padding_side not in get_args(PaddingSide):
+        raise ValueError(f'padding_side={padding_side!r} must be "right" or "left".')
+    if len(sizes := {sequence.features.shape[1] for sequence in sequences}) > 1:
+        raise ValueError(f"the sequences have {sorted(sizes)} features a token. Make all with one config.")
+    real = [torch.ones(len(sequence), dtype=torch.bool) for sequence in sequences]
+    columns = [*zip(*(sequence.dense() for sequence in sequences), strict=True), real]
+    return ModalityBatch(*(pad_sequence(list(column), True, 0, padding_side) for column in columns))

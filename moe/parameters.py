@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moe.decoder_config import DecoderConfig
+from moe.modality_config import Modality
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class ParameterCount:
     active                those a token uses: `num_experts_per_tok` of the experts, and everything that all
                           tokens share: shared experts, routers, attention, norms, embedding and head. The
                           embedding counts whole, though a token looks up one row of it
-    embedding             the embedding and, when untied, the head
+    embedding             the embedding, those of modalities and, when untied, the head
     non_embedding_total   total - embedding
     non_embedding_active  active - embedding: the usual measure of a MoE model's size
     router                router weights and biases of all layers (in total and in active)
@@ -38,11 +39,13 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
     shared      3 d h', and d with a gate                 h' = config.shared_width
     router      e d, and e with a bias
     norms       2 d a layer, and d at the end
-    embedding   v d, twice when untied
+    embedding   v d, twice when untied; with modalities (w_image + w_audio) d and 4 d
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     sparse = sum(map(config.is_moe_layer, range(layers)))
     embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    if (modalities := config.modalities) is not None:
+        embedding += (modalities.image_width + modalities.audio_width + len(Modality)) * d
     router = sparse * _router(config)
     everywhere = layers * (_attention(config) + 2 * d) + d
     everywhere += sum(_beside_attention(config, layer) for layer in range(layers))
@@ -58,7 +61,8 @@ def flops_per_token(config: DecoderConfig, sequence: int) -> float:
 
     2 per weight of every matrix a token is multiplied with: attention, router, k experts, shared experts,
     dense layers and the head (v d, tied or not). The embedding is a look-up and costs nothing; norms,
-    activations, softmax, biases (below 1 %) and short convolutions (2 w a channel) are left out.
+    activations, softmax, biases (below 1 %), short convolutions (2 w a channel) and the embedders of other
+    modalities (2 w d) are left out.
     4 n c a layer per key seen, for q k^T and the sum of values; a token sees (sequence + 1) / 2 on average,
     fewer in a sliding window. Latents make keys and values once a token, as in training.
 

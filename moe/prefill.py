@@ -9,16 +9,18 @@ its length, and the result is that of a whole forward pass all the same.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe.decoder import Decoder, check_ids
+from moe.decoder import NEEDS_MODALITIES, Decoder, check_ids
 from moe.decoder_config import DecoderConfig
 from moe.generate import evaluating
 from moe.kv_cache import KVCache
+from moe.modality_sequence import Interleaved
+from moe.prompts import Prompts
 
 CHUNK = 8192  # tokens at a time: their activations stay in the caches of a CPU
 
@@ -44,14 +46,14 @@ class Prefill:
 @torch.no_grad()
 def prefill(
     decoder: Decoder,
-    ids: Tensor,
+    ids: Tensor | Interleaved,
     *,
     chunk: int = CHUNK,
     dtype: torch.dtype | None = None,
     every_place: bool = False,
     progress: Progress = lambda done, total, seconds: None,
 ) -> Prefill:
-    """Read the prompt ids (b s), of any integer dtype, `chunk` tokens at a time.
+    """Read the prompt ids (b s), of any integer dtype, or one interleaved sequence, `chunk` tokens at a time.
 
     dtype: what layers without a window keep, such as torch.bfloat16; None: that of the model.
     every_place: no early exit; the last layer computes every place, as a whole forward pass does.
@@ -59,19 +61,20 @@ def prefill(
     Stopped half-way, the decoder is as before. Experts with a capacity drop other tokens than in one pass.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, a chunk below 1; before anything is read.
+        ValueError: an empty prompt, an id outside the vocabulary, features that the decoder has no place for
+            or that are not finite, a chunk below 1; before anything is read.
     """
-    _check(ids, decoder.config.vocab_size, chunk)
-    cache = KVCache(capacity=ids.shape[1] + 1, dtype=dtype)
+    _check(ids, decoder.config, chunk)
+    total = len(ids) if isinstance(ids, Interleaved) else ids.shape[1]
+    cache = KVCache(capacity=total + 1, dtype=dtype)
     device = decoder.head_weight.device
-    started, total = time.perf_counter(), ids.shape[1]
+    started, done = time.perf_counter(), 0
     states = torch.empty(0)
     with evaluating(decoder):
-        for start in range(0, total, chunk):
-            piece = ids[:, start : start + chunk].to(device, torch.int64)
-            done = start + piece.shape[1]
+        for piece in _pieces(ids, chunk, device):
+            done += piece.ids.shape[1]
             wanted = None if every_place else int(done == total)
-            states = decoder.hidden(piece, cache=cache, at=wanted).states
+            states = piece.hidden(decoder, cache, at=wanted).states
             progress(done, total, time.perf_counter() - started)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # or the seconds would end before the last pieces do
@@ -79,7 +82,17 @@ def prefill(
     return Prefill(cache, states[:, -1], path, time.perf_counter() - started)
 
 
-def _check(ids: Tensor, vocab_size: int, chunk: int) -> None:
+def _pieces(ids: Tensor | Interleaved, chunk: int, device: torch.device) -> Iterator[Prompts]:
+    if isinstance(ids, Interleaved):
+        yield from (Prompts.of(piece, None, device) for piece in ids.pieces(chunk))
+    else:
+        yield from (Prompts(piece.to(device, torch.int64)) for piece in ids.split(chunk, dim=1))
+
+
+def _check(ids: Tensor | Interleaved, config: DecoderConfig, chunk: int) -> None:
+    if isinstance(ids, Interleaved):
+        _check_features(ids.features, config)
+        ids = ids.ids[None]
     if ids.dim() != 2 or not ids.shape[1]:
         raise ValueError(f"ids must be prompts (b s) of at least one token, got shape {tuple(ids.shape)}.")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -87,7 +100,20 @@ def _check(ids: Tensor, vocab_size: int, chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1.")
     for piece in ids.split(CHUNK, dim=1):
-        check_ids(piece.to(torch.int64), vocab_size)
+        check_ids(piece.to(torch.int64), config.vocab_size)
+
+
+def _check_features(features: Tensor, config: DecoderConfig) -> None:
+    """Refuse features (n f) that the decoder cannot embed."""
+    if config.modalities is None:
+        raise ValueError(f"the prompt has modalities, but the decoder has none. {NEEDS_MODALITIES}")
+    if features.shape[1] != config.modalities.feature_size:
+        raise ValueError(
+            f"the prompt has {features.shape[1]} features a token, the decoder "
+            f"{config.modalities.feature_size}. Interleave with the decoder's own config.modalities."
+        )
+    if not all(bool(piece.isfinite().all()) for piece in features.split(CHUNK)):
+        raise ValueError("the prompt holds features that are NaN or infinite.")
 
 
 def describe_path(config: DecoderConfig, *, every_place: bool = False) -> str:

@@ -95,8 +95,12 @@ def by_loops(decoder: Decoder, ids: list[int]) -> Tensor:
 
     Of grouped-query attention with the options that `DecoderConfig` documents for long context; no padding.
     """
+    return layers_by_loops(decoder, [decoder.model.embed_tokens.weight[token] for token in ids])
+
+
+def layers_by_loops(decoder: Decoder, stream: list[Tensor]) -> Tensor:
+    """The logits (s v) after each embedding (d) of one row."""
     config, weights = decoder.config, dict(decoder.named_parameters())
-    stream = [weights["model.embed_tokens.weight"][token] for token in ids]
     for layer in range(config.num_hidden_layers):
         of = {
             name.removeprefix(f"model.layers.{layer}."): weight

@@ -29,6 +29,10 @@ SHOWS = {
         lambda a, b: float(b) < 0.5 * float(a),
     ),
     "09_a_long_context.py": (r"of rain = ' looks at byte (\d+), what follows it is at (\d+)", str.__eq__),
+    "10_several_senses.py": (
+        r"(\d+) of 20 held-out captions are right; guessing gives (\S+)",
+        lambda a, b: int(a) > 8 * float(b),
+    ),
     "06_kernels_alone.py": (r"difference from the definition (\S+) of", lambda error: float(error) < 1e-2),
 }
 

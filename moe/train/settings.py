@@ -183,7 +183,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data for JSON; `from_dict` is its inverse."""
         present = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
-        return {part: _plain(asdict(value)) for part, value in present.items()}
+        plain = {p: v.to_dict() if isinstance(v, DecoderConfig) else asdict(v) for p, v in present.items()}
+        return {part: _plain(values) for part, values in plain.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
