@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe.decoder import Decoder
     from moe.probes.specialisation.domains import DomainText, Source
     from moe.probes.specialisation.record import SpecialisationRecord
     from moe.train.runs import Run
@@ -39,6 +40,9 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
         help=f"shuffles of the labels (default {PERMUTATIONS})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of text and of the shuffles")
+    parser.add_argument(
+        "--no-control", action="store_true", help="do not measure the same model before any training"
+    )
     parser.add_argument(
         "--json", type=Path, metavar="FILE.json", help=f"default: {FILE} in the run folder; the figure beside"
     )
@@ -123,17 +127,21 @@ def _measure(
 ) -> "SpecialisationRecord":
     from moe.probes.needle.measured import measured_on
     from moe.probes.specialisation.domains import domain_batches
-    from moe.probes.specialisation.measure import specialisation_of
+    from moe.probes.specialisation.measure import Specialisation, specialisation_of, untrained
     from moe.probes.specialisation.record import SpecialisationRecord
 
-    with run.autocast():
-        found = specialisation_of(
-            run.model,
-            domain_batches(list(texts.values()), run.device),
-            labels=list(texts),
-            permutations=arguments.permutations,
-            seed=arguments.seed,
-        )
+    def measure(model: "Decoder") -> Specialisation:
+        with run.autocast():
+            return specialisation_of(
+                model,
+                domain_batches(list(texts.values()), run.device),
+                labels=list(texts),
+                permutations=arguments.permutations,
+                seed=arguments.seed,
+            )
+
+    found = measure(run.model)
+    control = None if arguments.no_control else measure(untrained(run.model, arguments.seed))
     facts: dict[str, Any] = {
         name: {
             "folder": text.folder,
@@ -144,12 +152,20 @@ def _measure(
         for name, text in texts.items()
     }
     length, seed = run.config.data.sequence_length, arguments.seed
-    return SpecialisationRecord(run.name, run.step, length, seed, facts, found, measured_on(run.device))
+    environment = measured_on(run.device)
+    return SpecialisationRecord(run.name, run.step, length, seed, facts, found, control, environment)
 
 
 def _print(record: "SpecialisationRecord", show: Show) -> None:
     from moe.probes.specialisation.record import information_table, shares_table, verdict
 
     found = record.found
-    for line in ["", *information_table(found), "", *shares_table(found), "", verdict(found)]:
+    for line in [
+        "",
+        *information_table(found, record.untrained),
+        "",
+        *shares_table(found),
+        "",
+        verdict(found),
+    ]:
         show(line)

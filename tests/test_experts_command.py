@@ -19,7 +19,7 @@ from moe.probes.specialisation.domains import (
     read_domain,
     read_domains,
 )
-from moe.probes.specialisation.measure import specialisation
+from moe.probes.specialisation.measure import specialisation, specialisation_of, untrained
 from moe.probes.specialisation.record import SpecialisationRecord, information_table, shares_table, verdict
 from moe.routing import Routing
 from moe.train.corpus import digest_file
@@ -158,7 +158,7 @@ def test_the_command_prints_writes_and_draws(root, capsys):
     found, run = record.found, open_run(root / "run")
     assert found.labels == ("lower", "upper")
     assert [layer.layer for layer in found.layers] == list(run.model.moe_layers)
-    for line in [*information_table(found), *shares_table(found), verdict(found)]:
+    for line in [*information_table(found, record.untrained), *shares_table(found), verdict(found)]:
         assert line in printed
     assert (record.run, record.step) == ("run", 12)
     assert record.environment["versions"]["torch"] and record.environment["date"]
@@ -198,6 +198,27 @@ def test_the_decoder_sees_each_sequence_alone(root):
                 alone.add(run.model.hidden(ids).routings, torch.tensor([label]))
     assert (counted.slots - alone.slots).abs().sum() <= 2  # near ties, in another order of sums
     assert counted.tokens.tolist() == alone.tokens.tolist()
+
+
+def test_the_control_is_the_model_before_training(root, capsys):
+    assert main(command(root, "--no-control")) == 0
+    assert SpecialisationRecord.load(root / "run" / "experts.json").untrained is None
+    run = open_run(root / "run")
+    state = torch.random.get_rng_state()
+    first, again, other = (untrained(run.model, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.head_weight, again.head_weight)
+    assert not torch.equal(first.head_weight, other.head_weight)
+    assert first.config == run.model.config and not first.training
+    assert main(command(root)) == 0
+    record = SpecialisationRecord.load(root / "run" / "experts.json")
+    texts = [
+        read_domain(Source(root / name), BYTES, tokens=1000, sequence_length=run.config.data.sequence_length)
+        for name in ("lower", "upper")
+    ]
+    batches = domain_batches(texts, run.device)
+    expected = specialisation_of(first, batches, labels=("lower", "upper"), permutations=49)
+    assert record.untrained == expected != record.found
 
 
 @pytest.mark.parametrize(
@@ -249,9 +270,11 @@ def some_counts(labels=("text", "image", "audio"), experts: int = 6, layers: int
     return counts
 
 
-def test_a_record_is_read_back_as_it_was(tmp_path):
+@pytest.mark.parametrize("control", [True, False])
+def test_a_record_is_read_back_as_it_was(tmp_path, control):
     found = specialisation(some_counts(), permutations=9)
-    record = SpecialisationRecord("run", 5, 64, 0, {"text": {}}, found, {"device": "cpu"})
+    fresh = specialisation(some_counts(), permutations=9) if control else None
+    record = SpecialisationRecord("run", 5, 64, 0, {"text": {}}, found, fresh, {"device": "cpu"})
     record.save(tmp_path / "a.json")
     assert SpecialisationRecord.load(tmp_path / "a.json") == record
     (tmp_path / "b.json").write_text('{"rows": []}')

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from moe.decoder import Decoder
 from moe.decoder_config import DecoderConfig
+from moe.modality_config import Modality, ModalityConfig
+from moe.modality_sequence import Interleaved
 from moe.probes.specialisation.blocks import runs
 from moe.probes.specialisation.counts import RoutingCounts, SetCounts
 from moe.probes.specialisation.information import (
@@ -23,6 +26,7 @@ from moe.probes.specialisation.information import (
     token_null,
 )
 from moe.probes.specialisation.measure import LabelledBatch, specialisation, specialisation_of
+from moe.probes.specialisation.modalities import MODALITIES, modality_batches
 from moe.routing import Routing
 
 LABELS = ("text", "image", "sound")
@@ -573,3 +577,47 @@ def test_settings_that_make_no_sense_are_refused():
     batch = LabelledBatch(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="no MoE layer"):
         specialisation_of(dense, [batch], labels=["a"])
+
+
+def senses(draw: np.random.Generator, runs: list[tuple[int, int]], width: int) -> Interleaved:
+    """Runs of (modality, tokens) with random content."""
+    modality = torch.cat([torch.full((n,), m, dtype=torch.uint8) for m, n in runs])
+    ids = torch.from_numpy(draw.integers(0, 256, len(modality)).astype(np.uint8))
+    ids[modality != Modality.TEXT] = 0
+    features = torch.from_numpy(draw.random((int((modality != 0).sum()), width), dtype=np.float32))
+    return Interleaved(ids, modality, features)
+
+
+def test_modalities_are_labels_and_their_runs_are_blocks():
+    draw, modalities = np.random.default_rng(0), ModalityConfig(patch_size=2, num_mel_bins=4)
+    decoder = Decoder(replace(CONFIG, vocab_size=256, modalities=modalities))
+    sequences = [
+        senses(draw, [(0, 7), (1, 5), (0, 3), (3, 5), (2, 4)], modalities.feature_size),
+        senses(draw, [(2, 6), (0, 9), (1, 1)], modalities.feature_size),
+    ]
+    batches = list(modality_batches(decoder, sequences, length=10))
+    shapes = [tuple(batch.inputs.shape) for batch in batches]
+    assert shapes == [(2, 10, 16), (1, 4, 16), (1, 10, 16), (1, 6, 16)]
+    found = specialisation_of(decoder, batches, labels=MODALITIES, permutations=9)
+    assert found.labels == ("text", "image", "video", "audio")
+    assert found.tokens == (19, 6, 10, 5)
+    assert found.blocks == (4, 3, 2, 1)  # the image of 5 and the text of 9 are cut by the end of a piece
+    counts = RoutingCounts(MODALITIES)
+    for sequence in sequences:
+        for piece in sequence.pieces(10):
+            ids, modality, features = (one[None] for one in piece.dense())
+            embedded = decoder.embed(ids, modality, features)
+            counts.add(decoder.hidden(inputs_embeds=embedded).routings, modality)
+    assert specialisation(counts, layers=decoder.moe_layers, permutations=9).layers == found.layers
+    with pytest.raises(ValueError, match="length=0"):
+        next(modality_batches(decoder, sequences, length=0))
+
+
+def test_an_untrained_router_tells_modalities_apart_by_their_vectors_alone():
+    """Which is why the untrained model is the control."""
+    draw, modalities = np.random.default_rng(0), ModalityConfig(patch_size=2, num_mel_bins=4)
+    decoder = Decoder(replace(CONFIG, vocab_size=256, modalities=modalities))
+    runs = [(int(m), 12) for m in draw.permutation(np.arange(80) % 4)]
+    batches = modality_batches(decoder, [senses(draw, runs, modalities.feature_size)], length=960)
+    found = specialisation_of(decoder, batches, labels=MODALITIES, permutations=99)
+    assert all(layer.by_block.p_value == 0.01 for layer in found.layers)

@@ -119,6 +119,18 @@ def specialisation_of(
     return specialisation(counts, layers=decoder.moe_layers, permutations=permutations, seed=seed)
 
 
+def untrained(decoder: Decoder, seed: int) -> Decoder:
+    """A decoder of the same configuration on the same device, as it was before any training.
+
+    The control of a specialisation: routers that were never trained tell inputs apart, too, as far as these
+    look different.
+    """
+    device = decoder.head_weight.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Decoder(decoder.config).to(device).eval()
+
+
 def specialisation(
     counts: RoutingCounts,
     *,

@@ -13,7 +13,10 @@ from moe.train.files import write_json
 
 @dataclass(frozen=True, slots=True)
 class SpecialisationRecord:
-    """A run, its step, the texts of its labels (facts of each), what was found, and where."""
+    """A run, its step, the texts of its labels (facts of each), what was found, and where.
+
+    untrained  the same of a model of the same configuration before any training; None: not measured
+    """
 
     run: str
     step: int
@@ -21,6 +24,7 @@ class SpecialisationRecord:
     seed: int
     texts: dict[str, Any]
     found: Specialisation
+    untrained: Specialisation | None
     environment: dict[str, Any]
 
     def save(self, path: Path) -> None:
@@ -41,19 +45,18 @@ class SpecialisationRecord:
         """
         data = read_json(path)
         try:
-            found = data.pop("found")
-            layers = tuple(_layer(one) for one in found.pop("layers"))
-            counts = {name: tuple(found.pop(name)) for name in ("labels", "tokens", "blocks")}
-            return cls(**data, found=Specialisation(**counts, layers=layers, **found))
+            found, control = _specialisation(data.pop("found")), data.pop("untrained")
+            return cls(**data, found=found, untrained=None if control is None else _specialisation(control))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no record of `sparse-moe experts` ({error}).") from None
 
 
-def information_table(found: Specialisation) -> list[str]:
-    """Layer by layer: information, entropies, and the two nulls."""
+def information_table(found: Specialisation, untrained: Specialisation | None = None) -> list[str]:
+    """Layer by layer: information, that of the untrained model, entropies, and the two nulls."""
     columns = (
         "layer",
         "I(expert; label)",
+        "untrained",
         "explained by ids",
         "H(label)",
         "H(expert)",
@@ -64,7 +67,9 @@ def information_table(found: Specialisation) -> list[str]:
         "p",
         "token null 99 %",
     )
-    return list(table(columns, [_row(layer) for layer in found.layers]))
+    controls = [None] * len(found.layers) if untrained is None else untrained.layers
+    pairs = zip(found.layers, controls, strict=True)
+    return list(table(columns, [_row(layer, control) for layer, control in pairs]))
 
 
 def shares_table(found: Specialisation) -> list[str]:
@@ -95,11 +100,12 @@ def _is_above(layer: LayerSpecialisation) -> bool:
     return layer.by_block.found > layer.by_block.quantile_99
 
 
-def _row(layer: LayerSpecialisation) -> tuple[str, ...]:
+def _row(layer: LayerSpecialisation, control: LayerSpecialisation | None) -> tuple[str, ...]:
     block, token = layer.by_block, layer.by_token
     return (
         str(layer.layer),
         f"{layer.mutual_information:.4f}",
+        "-" if control is None else f"{control.mutual_information:.4f}",
         "-" if layer.by_ids is None else f"{layer.by_ids:.4f}",
         f"{layer.label_entropy:.3f}",
         f"{layer.expert_entropy:.3f}",
@@ -110,6 +116,12 @@ def _row(layer: LayerSpecialisation) -> tuple[str, ...]:
         f"{block.p_value:.3g}",
         "-" if token is None else f"{token.quantile_99:.6f}",
     )
+
+
+def _specialisation(data: dict[str, Any]) -> Specialisation:
+    layers = tuple(_layer(one) for one in data.pop("layers"))
+    counts = {name: tuple(data.pop(name)) for name in ("labels", "tokens", "blocks")}
+    return Specialisation(**counts, layers=layers, **data)
 
 
 def _layer(data: dict[str, Any]) -> LayerSpecialisation:
