@@ -166,6 +166,6 @@ def _print(record: "SpecialisationRecord", show: Show) -> None:
         "",
         *shares_table(found),
         "",
-        verdict(found),
+        verdict(found, record.untrained),
     ]:
         show(line)

@@ -158,7 +158,11 @@ def test_the_command_prints_writes_and_draws(root, capsys):
     found, run = record.found, open_run(root / "run")
     assert found.labels == ("lower", "upper")
     assert [layer.layer for layer in found.layers] == list(run.model.moe_layers)
-    for line in [*information_table(found, record.untrained), *shares_table(found), verdict(found)]:
+    for line in [
+        *information_table(found, record.untrained),
+        *shares_table(found),
+        verdict(found, record.untrained),
+    ]:
         assert line in printed
     assert (record.run, record.step) == ("run", 12)
     assert record.environment["versions"]["torch"] and record.environment["date"]
@@ -282,17 +286,31 @@ def test_a_record_is_read_back_as_it_was(tmp_path, control):
         SpecialisationRecord.load(tmp_path / "b.json")
 
 
+def test_the_verdict_counts_layers():
+    found = specialisation(some_counts(), permutations=9)
+    assert "in 4 of 4 MoE layers (largest p 0.1, least possible 0.1)" in verdict(found)
+    assert verdict(found, found).endswith("more than in the untrained model in 0 of 4")
+    empty = RoutingCounts("ab")
+    route = Routing(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([[0], [0]]), torch.ones(2, 1))
+    empty.add([route] * 4, torch.tensor([0, 1]))
+    nothing = specialisation(empty, permutations=9)
+    assert "in 0 of 4 MoE layers (largest p 1" in verdict(nothing)
+    assert verdict(found, nothing).endswith("more than in the untrained model in 4 of 4")
+
+
 def test_the_figure_has_a_panel_for_every_layer_and_shows_what_is_empty():
     pytest.importorskip("matplotlib")
     from moe.report.specialisation import specialisation_figure
 
     found = specialisation(some_counts(), permutations=9)
-    figure = specialisation_figure(found, "run")
+    fresh = specialisation(some_counts(), permutations=9)
+    figure = specialisation_figure(found, "run", fresh)
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert len(panels) == 4
     for axes, layer in zip(panels, found.layers, strict=True):
-        assert f"layer {layer.layer}: {layer.by_block.found:.4f} bits" in axes.get_title()
+        assert f"layer {layer.layer}: {layer.mutual_information:.4f} bits" in axes.get_title()
         assert f"{layer.by_block.quantile_99:.4f}" in axes.get_title()
+        assert f"untrained {fresh.layers[0].mutual_information:.4f}" in axes.get_title()
         (mesh,) = axes.collections
         colours = np.ma.asarray(mesh.get_array()).reshape(3, 6)
         assert np.ma.getmaskarray(colours)[2].all() and not np.ma.getmaskarray(colours)[:2].any()

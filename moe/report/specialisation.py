@@ -33,7 +33,7 @@ def draw_specialisation(record: SpecialisationRecord, path: Path) -> Path:
     Raises:
         ValueError: a format that matplotlib does not write.
     """
-    figure = specialisation_figure(record.found, f"{record.run}, step {record.step}")
+    figure = specialisation_figure(record.found, f"{record.run}, step {record.step}", record.untrained)
     content = BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(content, dpi=140, format=path.suffix.removeprefix(".") or "png")
@@ -41,8 +41,11 @@ def draw_specialisation(record: SpecialisationRecord, path: Path) -> Path:
     return path
 
 
-def specialisation_figure(found: Specialisation, title: str) -> Figure:
-    """A heat map of labels by experts for every layer, with its mutual information and null above it."""
+def specialisation_figure(
+    found: Specialisation, title: str, untrained: Specialisation | None = None
+) -> Figure:
+    """A heat map of labels by experts for every layer; above it the information, null and control."""
+    controls = [None] * len(found.layers) if untrained is None else untrained.layers
     experts, labels, layers = len(found.layers[0].load), len(found.labels), len(found.layers)
     across = min(PANELS_ACROSS, layers)
     down = -(-layers // across)
@@ -50,8 +53,8 @@ def specialisation_figure(found: Specialisation, title: str) -> Figure:
         width = max(7.0, 1.6 + across * (1.0 + 0.42 * min(experts, 2 * MOST_WRITTEN)))
         figure = Figure(figsize=(width, 1.3 + down * (1.5 + 0.42 * labels)), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False)
-        for axes, layer in zip(panels.flat, found.layers, strict=False):
-            draw_layer(axes, layer, found.labels)
+        for axes, layer, control in zip(panels.flat, found.layers, controls, strict=False):
+            draw_layer(axes, layer, found.labels, control)
         for axes in panels.flat[layers:]:
             axes.set_visible(False)
         bar = figure.colorbar(
@@ -59,11 +62,18 @@ def specialisation_figure(found: Specialisation, title: str) -> Figure:
         )
         bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
         counts = ", ".join(f"{name} {n:,}" for name, n in zip(found.labels, found.tokens, strict=True))
-        figure.suptitle(f"{title}: where the tokens go\ntokens: {counts}\n{verdict(found)}", fontsize=10)
+        figure.suptitle(
+            f"{title}: where the tokens go\ntokens: {counts}\n{verdict(found, untrained)}", fontsize=10
+        )
     return figure
 
 
-def draw_layer(axes: Axes, layer: LayerSpecialisation, labels: tuple[str, ...]) -> None:
+def draw_layer(
+    axes: Axes,
+    layer: LayerSpecialisation,
+    labels: tuple[str, ...],
+    control: LayerSpecialisation | None = None,
+) -> None:
     """One heat map: a row for each label, a column for each expert, in percent of the label's slots."""
     experts = len(layer.load)
     shares = np.array([np.full(experts, np.nan) if row is None else row for row in layer.shares])
@@ -85,11 +95,10 @@ def draw_layer(axes: Axes, layer: LayerSpecialisation, labels: tuple[str, ...]) 
                 color="white" if strong else "black",
             )
     null = layer.by_block
-    axes.set_title(
-        f"layer {layer.layer}: {null.found:.4f} bits\n"
-        f"shuffled blocks: 99 % below {null.quantile_99:.4f}; p {null.p_value:.2g}",
-        fontsize=9,
-    )
+    told = f"layer {layer.layer}: {layer.mutual_information:.4f} bits of {layer.label_entropy:.2f}"
+    before = "" if control is None else f"; untrained {control.mutual_information:.4f}"
+    shuffled = f"blocks {null.found:.4f}; shuffled 99 % below {null.quantile_99:.4f}, p {null.p_value:.2g}"
+    axes.set_title(f"{told}{before}\n{shuffled}", fontsize=9)
     axes.set(xlabel="expert (numbers: % of the label's slots)", ylim=(len(labels), 0))
     axes.set_yticks(np.arange(len(labels)) + 0.5, labels)
     step = 1 if experts <= MOST_WRITTEN else experts // 8

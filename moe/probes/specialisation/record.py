@@ -84,20 +84,23 @@ def shares_table(found: Specialisation) -> list[str]:
     return list(table(("layer", "label", *map(str, range(experts))), filled))
 
 
-def verdict(found: Specialisation) -> str:
-    """One sentence: in how many layers the information is above the null of whole blocks."""
-    above = [layer for layer in found.layers if _is_above(layer)]
-    p_values = [layer.by_block.p_value for layer in found.layers]
-    permutations = found.layers[0].by_block.permutations
-    return (
-        f"above the 99 % quantile of shuffled blocks in {len(above)} of {len(found.layers)} MoE layers; "
-        f"largest p {max(p_values):.3g} (the least that {permutations} permutations can give is "
-        f"{1 / (permutations + 1):.3g})"
+def verdict(found: Specialisation, untrained: Specialisation | None = None) -> str:
+    """In how many layers the information is above shuffled blocks, and above the untrained model's."""
+    layers = found.layers
+    above = sum(layer.by_block.found > layer.by_block.quantile_99 for layer in layers)
+    largest = max(layer.by_block.p_value for layer in layers)
+    least = 1 / (layers[0].by_block.permutations + 1)
+    chance = (
+        f"above the 99 % quantile of shuffled blocks in {above} of {len(layers)} MoE layers "
+        f"(largest p {largest:.3g}, least possible {least:.3g})"
     )
-
-
-def _is_above(layer: LayerSpecialisation) -> bool:
-    return layer.by_block.found > layer.by_block.quantile_99
+    if untrained is None:
+        return chance
+    more = sum(
+        one.mutual_information > control.mutual_information
+        for one, control in zip(layers, untrained.layers, strict=True)
+    )
+    return f"{chance}; more than in the untrained model in {more} of {len(layers)}"
 
 
 def _row(layer: LayerSpecialisation, control: LayerSpecialisation | None) -> tuple[str, ...]:
