@@ -97,14 +97,18 @@ def test_batches_hold_every_token_once_with_its_label_and_file(tmp_path):
     b = write_files(tmp_path / "b", *(lines(f"other {n}", 10) for n in range(3)))
     texts = [read_domain(Source(one), BYTES, tokens=190, sequence_length=64) for one in (a, b)]
     batches = list(domain_batches(texts, torch.device("cpu")))
-    assert [set(batch.labels.tolist()) for batch in batches] == [{0}, {1}]
+    assert {len(row) for batch in batches for row in batch.inputs} == {5, 64}
     rows: list[tuple[int, int, bytes]] = []
     for batch in batches:
-        assert batch.documents is not None and batch.mask is not None
-        columns = (batch.inputs, batch.labels, batch.documents, batch.mask)
-        for ids, label, document, mask in zip(*columns, strict=True):
-            rows.append((int(label), int(document), bytes(ids[mask].tolist())))
-    assert [row[2] for row in rows] == [s.tobytes() for text in texts for s in text.sequences]
+        assert batch.documents is not None and batch.mask is None
+        for ids, label, document in zip(batch.inputs, batch.labels, batch.documents, strict=True):
+            rows.append((int(label), int(document), bytes(ids.tolist())))
+    expected = [
+        (y, y * texts[0].files + file, sequence.tobytes())
+        for y, text in enumerate(texts)
+        for file, sequence in zip(text.file_of, text.sequences, strict=True)
+    ]
+    assert sorted(rows) == sorted(expected)
     assert not {d for y, d, _ in rows if y == 0} & {d for y, d, _ in rows if y == 1}
     assert len({d for _, d, _ in rows}) == sum(text.files for text in texts)
 
@@ -195,7 +199,7 @@ def test_the_decoder_sees_each_sequence_alone(root):
     counted, alone = RoutingCounts("ab"), RoutingCounts("ab")
     with torch.inference_mode():
         for batch in domain_batches(texts, run.device):
-            counted.add(run.model.hidden(batch.inputs, mask=batch.mask).routings, batch.labels)
+            counted.add(run.model.hidden(batch.inputs).routings, batch.labels)
         for label, text in enumerate(texts):
             for sequence in text.sequences:
                 ids = torch.from_numpy(sequence.astype(np.int64))[None]

@@ -9,12 +9,12 @@ import random
 import sysconfig
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.utils.rnn import pad_sequence
 
 from moe.probes.specialisation.measure import LabelledBatch
 from moe.train.corpus import NotUTF8Error, digest_file, list_files
@@ -111,21 +111,17 @@ def read_domain(
 
 
 def domain_batches(domains: Sequence[DomainText], device: torch.device) -> Iterator[LabelledBatch]:
-    """Label i for the i-th domain; every file is a block."""
+    """Label i for the i-th domain; a file is a block. A batch has sequences of one length, and no padding."""
     files = 0
     for label, domain in enumerate(domains):
-        longest = max(map(len, domain.sequences))
-        size = max(1, PASS_TOKENS // longest)
-        for start in range(0, len(domain.sequences), size):
-            rows = [torch.from_numpy(row.astype(np.int64)) for row in domain.sequences[start : start + size]]
-            lengths = torch.tensor([len(row) for row in rows])
-            ids = pad_sequence(rows, batch_first=True)
-            yield LabelledBatch(
-                ids.to(device),
-                torch.full((len(rows),), label),
-                (torch.arange(ids.shape[1]) < lengths[:, None]).to(device),
-                torch.tensor(domain.file_of[start : start + size]) + files,
-            )
+        order = sorted(range(len(domain.sequences)), key=lambda row: len(domain.sequences[row]))
+        for length, alike in groupby(order, key=lambda row: len(domain.sequences[row])):
+            rows, size = list(alike), max(1, PASS_TOKENS // length)
+            for chosen in (rows[start : start + size] for start in range(0, len(rows), size)):
+                ids = np.stack([domain.sequences[row] for row in chosen]).astype(np.int64)
+                documents = torch.tensor([files + domain.file_of[row] for row in chosen])
+                labels = torch.full((len(chosen),), label)
+                yield LabelledBatch(torch.from_numpy(ids).to(device), labels, documents=documents)
         files += max(domain.file_of) + 1
 
 
