@@ -28,11 +28,14 @@ RUN ?= runs/demo
 RESULTS ?= benchmarks/results
 # Text for the haystacks of `make bench-gpu-needle`: TEXT=folder; else source of the installed packages.
 TEXT ?=
+# The senses of `make bench-gpu-senses`, and its run folder.
+MODALITIES ?= text,image,video,audio
+SENSES ?= runs/senses-gpu
 # Where `make kernel-package` leaves its folder.
 PACKAGE ?= build/kernel-package
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu bench-gpu-attention bench-gpu-needle kernel-package clean FORCE
+.PHONY: help demo test test-gpu test-triton test-hf test-eval conformance check format bench bench-gpu bench-gpu-attention bench-gpu-needle bench-gpu-senses kernel-package clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-19s %s\n' "$$name" "$$text"; done
@@ -83,6 +86,12 @@ bench-gpu-attention: ## attention over a long cache on a CUDA device, beside tor
 bench-gpu-needle: ## needles in 1 and 10 million tokens on a CUDA device; RUN=folder asks a trained run; installs nothing
 	$(GPU_PYTHON) -m benchmarks.gpu_needle --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) \
 		$(if $(filter command environment,$(firstword $(origin RUN))),--run $(RUN)) $(if $(TEXT),--folder $(TEXT))
+
+bench-gpu-senses: ## needles of every sense in 1 and 10 million tokens on a CUDA device, to SENSES=folder; installs nothing
+	$(GPU_PYTHON) -m moe needle train --modalities $(MODALITIES) --device cuda --out $(SENSES) \
+		train.batch_size=8 train.steps=2000 train.checkpoint_every=500
+	$(GPU_PYTHON) -m moe needle eval $(SENSES) --modalities $(MODALITIES) --device cuda --length 1M,10M \
+		$(if $(TEXT),--folder $(TEXT))
 
 kernel-package: ## moe_triton as a folder for the Hugging Face kernel hub, PACKAGE=folder; installs nothing
 	$(PYTHON) kernels/package.py $(PACKAGE)

@@ -77,7 +77,7 @@ losses: list[float] = []
 for step in range(200):
     batch = collate(sequences(16))
     x = decoder.embed(*batch.inputs)  # (b s d), whatever the sense of a token
-    loss = decoder.loss(None, batch.targets, inputs_embeds=x, mask=batch.mask)  # of text alone
+    loss = decoder.loss(None, batch.targets, inputs_embeds=x, mask=batch.padding)  # of text
     loss.total.backward()
     optimizer.step()
     schedule.step()

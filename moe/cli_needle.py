@@ -12,6 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe.cli_needle_senses import (
+    PRESET,
+    check_senses_arguments,
+    draw_senses,
+    measure_senses,
+    print_senses,
+    senses_questions,
+    training_overrides,
+)
 from moe.cli_progress import Watch
 from moe.probes.needle.variants import overrides_of, slug
 
@@ -34,19 +43,24 @@ def run_training(arguments: argparse.Namespace, show: Show) -> int:
     from moe.train.overrides import change, describe_changes, find_preset
     from moe.train.run_folder import RunFolder
 
-    variant = arguments.variant
-    overrides = [*overrides_of(variant), *arguments.overrides]
+    check_senses_arguments(arguments)
+    variant, preset = arguments.variant, PRESET if arguments.modalities else "needle"
+    overrides = [*overrides_of(variant, preset)]
+    if arguments.modalities:
+        overrides += training_overrides(arguments)
+    overrides += arguments.overrides
     if arguments.device:
         overrides.append(f'train.device="{arguments.device}"')
-    out = arguments.out = arguments.out or Path("runs") / (f"needle-{slug(variant)}" if variant else "needle")
-    keep_settings = arguments.resume and not variant
-    base = RunFolder(out).read_config() if keep_settings else find_preset("needle")
+    out = arguments.out = arguments.out or Path("runs") / (f"{preset}-{slug(variant)}" if variant else preset)
+    keep_settings = arguments.resume and not variant and not arguments.modalities
+    base = RunFolder(out).read_config() if keep_settings else find_preset(preset)
     config = change(base, None, overrides)
-    name = f"the run in {out}" if keep_settings else "preset needle"
+    name = f"the run in {out}" if keep_settings else f"preset {preset}"
     show(f"settings: {name}{describe_changes(base, config)}")
     result = train(config, out, resume=arguments.resume, log=show)
     show(f"checkpoint: {result.checkpoint}")
-    show(f"measure it with: sparse-moe needle eval {out} --length 64k")
+    asked = f" --modalities {','.join(arguments.modalities)}" if arguments.modalities else ""
+    show(f"measure it with: sparse-moe needle eval {out} --length 64k{asked}")
     return 0
 
 
@@ -54,6 +68,9 @@ def run_evaluation(arguments: argparse.Namespace, show: Show) -> int:
     """Recall of every run at every length."""
     from moe.probes.needle.evaluate import check_run, evaluate_needles
 
+    check_senses_arguments(arguments)
+    if arguments.modalities:
+        return _run_senses(arguments, show)
     questions, lengths = _questions(arguments), arguments.length
     asked = [questions, replace(questions, shuffled=True)] if arguments.shuffled else [questions]
     runs, target = _open_runs(arguments, lambda run: check_run(run, questions, lengths))
@@ -66,6 +83,22 @@ def run_evaluation(arguments: argparse.Namespace, show: Show) -> int:
                     run, each, length, progress=watch.reading, answered=watch.answering, log=watch.log
                 )
     return _report(rows, runs[0], target, show)
+
+
+def _run_senses(arguments: argparse.Namespace, show: Show) -> int:
+    """The same, of needles in every sense."""
+    from moe.probes.senses.evaluate import check_senses
+
+    questions, lengths = senses_questions(arguments), arguments.length
+    asked = [questions, replace(questions, shuffled=True)] if arguments.shuffled else [questions]
+    runs, target = _open_runs(arguments, lambda run: check_senses(run, questions, lengths))
+    record, examples = measure_senses(runs, asked, lengths, show)
+    record.save(target)
+    print_senses(record, show)
+    show(f"written: {target}")
+    if _can_draw(show):
+        draw_senses(record, examples, target.with_suffix(".png"), show)
+    return 0
 
 
 def run_code(arguments: argparse.Namespace, show: Show) -> int:
@@ -119,16 +152,25 @@ def run_positions(arguments: argparse.Namespace, show: Show) -> int:
 def run_table(arguments: argparse.Namespace, show: Show) -> int:
     """Print records together."""
     from moe.probes.needle.measured import check_target
-    from moe.probes.needle.record import NeedleRecord, merge
+    from moe.probes.needle.record import merge
+    from moe.probes.senses.record import SensesRecord, load_record
 
     if arguments.json:
         check_target(arguments.json, ".json")
     if arguments.figure:
         check_target(arguments.figure, ".png")
-    record = merge([NeedleRecord.load(path) for path in arguments.records])
-    _print(record, show)
-    if arguments.figure:
-        _draw(record, arguments.figure, show)
+    records = [load_record(path) for path in arguments.records]
+    if len({type(record) for record in records}) > 1:
+        raise ValueError("some records are of text alone and some of several senses. Give those of one kind.")
+    record = merge(records)
+    if isinstance(record, SensesRecord):
+        print_senses(record, show)
+        if arguments.figure and _can_draw(show):
+            draw_senses(record, (), arguments.figure, show)
+    else:
+        _print(record, show)
+        if arguments.figure:
+            _draw(record, arguments.figure, show)
     if arguments.json:
         record.save(arguments.json)
         show(f"written: {arguments.json}")

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from moe.probes.needle.variants import VARIANTS, slug
+from moe.probes.needle.variants import SENSES_VARIANTS, VARIANTS, slug
 
 KIBI, MEBI, MEGA = 2**10, 2**20, 10**6
 TEMPLATES = ("key_value", "sentence")
+MODALITIES = "text,image,video,audio"
 GRID = "16k,64k,256k,1M"
 DTYPES = ("float32", "bfloat16", "float16")
 EVALUATION = "recall by length and depth, with its bound; writes a record and a heat map"
@@ -50,6 +51,11 @@ def lengths_of(text: str) -> list[int]:
     return [length_of(part) for part in text.split(",")]
 
 
+def words_of(text: str) -> list[str]:
+    """ "text,image" as ["text", "image"]."""
+    return [word.strip() for word in text.split(",")]
+
+
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the run folder (default runs/needle, or needle-VARIANT)"
@@ -57,7 +63,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help=f"the preset with one thing changed: {', '.join(map(slug, VARIANTS))}",
+        help=f"the preset with one thing changed: {', '.join(map(slug, VARIANTS))}; "
+        f"with --modalities: {', '.join(map(slug, SENSES_VARIANTS))}",
+    )
+    parser.add_argument(
+        "--modalities", type=words_of, metavar=MODALITIES, help="needles in these senses: the preset senses"
+    )
+    parser.add_argument(
+        "--speech",
+        type=Path,
+        metavar="FOLDER",
+        help="with --modalities: WAV files of spoken digits, such as 7_jackson_32.wav, for keypad tones",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
     parser.add_argument("--device", help="auto, cpu, cuda, ...")
@@ -80,6 +96,12 @@ def _add_eval(parser: argparse.ArgumentParser, lengths: str | None = None) -> No
     )
     _add_questions(parser)
     _add_text(parser)
+    parser.add_argument(
+        "--modalities", type=words_of, metavar=MODALITIES, help="needles in these senses, in one haystack"
+    )
+    parser.add_argument(
+        "--video", type=Path, metavar="FILE", help="with --modalities: its frames are filler (needs PyAV)"
+    )
     parser.add_argument("--shuffled", action="store_true", help="also the control with shuffled values")
 
 

@@ -153,20 +153,24 @@ def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.masked_fill(~mask[:, None], 0).sum(0) / mask.sum().clamp(min=1)
 
 
-def pointer_loss(queries: Tensor, keys: Tensor, places: Tensor, pointers: Tensor) -> Tensor:
+def pointer_loss(
+    queries: Tensor, keys: Tensor, places: Tensor, pointers: Tensor, widths: Tensor | None = None
+) -> Tensor:
     """Mean of -log of the attention that the chosen queries pay to the keys they should look at -> scalar.
 
     queries (b n m c), scaled, and keys (b g l c) as in `Hidden.attended`, where l are all tokens; places
-    (b m) int64 of the queries; pointers (b m) int64: the place of the key, -1 where there is none to look at.
-    A query sees the keys up to its own place. 0 when nothing is pointed at. At uniform attention
-    log(place + 1).
+    (b m) int64 of the queries; pointers (b m) int64: the place of the key, -1 where there is none to look at;
+    widths (b m) int64: so many keys, from that one on, may share the attention (None: it alone). A query sees
+    the keys up to its own place. 0 when nothing is pointed at. At uniform attention log((place + 1) / width).
 
     Supervises attention itself, as pointer networks are trained (1506.03134).
     """
     rows = []
-    for q, k, at, pointed in zip(queries, keys, places, pointers, strict=True):
+    widest = 1 if widths is None else int(widths.max())
+    widths = torch.ones_like(pointers) if widths is None else widths
+    for q, k, at, pointed, width in zip(queries, keys, places, pointers, widths, strict=True):
         chosen = pointed >= 0
-        q, at, pointed = q[:, chosen], at[chosen], pointed[chosen]
+        q, at, pointed, width = q[:, chosen], at[chosen], pointed[chosen], width[chosen]
         group = q.shape[0] // k.shape[0]
         q = rearrange(_as_float(q), "(g r) m c -> g (r m) c", r=group)
         with torch.autocast(q.device.type, enabled=False):  # logits of 80 would be off by 0.25 in bfloat16
@@ -174,6 +178,9 @@ def pointer_loss(queries: Tensor, keys: Tensor, places: Tensor, pointers: Tensor
         logits = rearrange(logits, "g (r m) l -> (g r) m l", r=group)
         hidden = torch.arange(k.shape[1], device=k.device) > at[:, None]
         logs = logits.masked_fill(hidden, -torch.inf).log_softmax(-1)
-        rows.append(logs.gather(-1, pointed.expand(len(logs), -1)[..., None]).flatten())
+        offsets = torch.arange(widest, device=at.device)
+        shared = (pointed[:, None] + offsets).clamp(max=k.shape[1] - 1)
+        logs = logs.gather(-1, shared.expand(len(logs), -1, -1))  # (n m widest)
+        rows.append(logs.masked_fill(offsets >= width[:, None], -torch.inf).logsumexp(-1).flatten())
     logs = torch.cat(rows)
     return -logs.sum() / max(logs.numel(), 1)

@@ -3,7 +3,7 @@
     sequence = interleave([Text("what is this? "), Image(pixels), Text("a cat")], config)
     batch = collate([sequence, ...])
     x = decoder.embed(*batch.inputs)
-    loss = decoder.loss(None, batch.targets, inputs_embeds=x, mask=batch.mask)
+    loss = decoder.loss(None, batch.targets, inputs_embeds=x, mask=batch.padding)
 
 An item becomes tokens where it stands, and nothing is put between items: what should mark the beginning or
 the end of one is text. Tokens of a sequence are the decoder's positions, whatever their sense.

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from moe.feed_forward import Projection
 from moe.modality_config import Modality, ModalityConfig
 
+VECTOR_SHARE = 0.1
 PIXEL_POWER = 1 / 3  # mean square of a number that is uniform in 0..1, as pixels roughly are
 
 
 class ModalityEmbedder(nn.Module):
     """Adds a learnt vector for each modality to embeddings of text, and embeds the features of the others.
 
-    std: that of the embeddings of text. The vectors are drawn from N(0, std²), the rows of W_image from
+    std: that of the embeddings of text. The vectors are drawn from N(0, (0.1 std)²): as long as embeddings,
+    they would make all tokens of a sense alike before anything is learnt. The rows of W_image are drawn from
     N(0, 3 std² / image_width) and those of W_audio from N(0, std² / audio_width): with pixels uniform in
     0..1, and log-mel numbers of mean square 1, embeddings of every modality begin with the same spread.
     """
@@ -36,7 +38,7 @@ class ModalityEmbedder(nn.Module):
         image, audio = config.image_width, config.audio_width
         self.image_proj = Projection(image, width, std=std / math.sqrt(image * PIXEL_POWER))
         self.audio_proj = Projection(audio, width, std=std / math.sqrt(audio))
-        self.vectors = nn.Parameter(torch.randn(len(Modality), width) * std)
+        self.vectors = nn.Parameter(torch.randn(len(Modality), width) * VECTOR_SHARE * std)
 
     def forward(self, text: Tensor, modality: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """Embeddings (b s d) of tokens whose modality (b s) int64 and features (b s f) are given.

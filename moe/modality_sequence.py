@@ -142,6 +142,11 @@ class ModalityBatch:
         return self.ids, self.modality, self.features
 
     @property
+    def padding(self) -> Tensor | None:
+        """The mask, or None where every token is real: attention is much faster without one."""
+        return None if bool(self.mask.all()) else self.mask
+
+    @property
     def loss_mask(self) -> Tensor:
         """(b s) bool, True at real tokens whose next token is real text."""
         is_text = self.mask & (self.modality == Modality.TEXT)

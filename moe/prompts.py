@@ -46,8 +46,8 @@ class Prompts:
             raise ValueError(f"a {type(prompt).__name__} takes no mask: it says itself what is padding.")
         if isinstance(prompt, Interleaved):
             return cls(*(rearrange(x, "s ... -> 1 s ...").to(device) for x in prompt.dense()))
-        padded = None if bool(prompt.mask.all()) else prompt.mask.to(device)
-        return cls(*(x.to(device) for x in prompt.inputs), mask=padded)
+        batch = prompt.to(device)
+        return cls(*batch.inputs, mask=batch.padding)
 
     def hidden(self, decoder: "Decoder", cache: KVCache, at: At) -> Hidden:
         """What the decoder makes of them, as `Decoder.hidden`."""

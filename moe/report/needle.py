@@ -33,16 +33,20 @@ _EMPTY, _HATCH = "#e4e4e4", "#b4b4b4"
 _LINES = (BLUE, ORANGE, GREEN, GREY)
 
 
-def draw_needles(record: NeedleRecord, path: Path, *, variant: str = "", depths: int = 10) -> Path:
+def draw_needles(
+    record: NeedleRecord, path: Path, *, variant: str = "", depths: int = 10, unit: str = "bytes"
+) -> Path:
     """Write `needle_figure` as a file, in the format that the suffix of `path` names, such as .png.
 
     Raises:
         ValueError: as `needle_figure`, or a format that matplotlib does not write.
     """
-    return _save(needle_figure(record, variant=variant, depths=depths), path)
+    return save_figure(needle_figure(record, variant=variant, depths=depths, unit=unit), path)
 
 
-def needle_figure(record: NeedleRecord, *, variant: str = "", depths: int = 10) -> Figure:
+def needle_figure(
+    record: NeedleRecord, *, variant: str = "", depths: int = 10, unit: str = "bytes"
+) -> Figure:
     """Recall by length (across, one step each) and depth (down), as in Gemini 1.5's Figure 8 (2403.05530).
 
     One row of panels for each model, one column for each template. A panel has `depths` cells for each
@@ -57,25 +61,27 @@ def needle_figure(record: NeedleRecord, *, variant: str = "", depths: int = 10) 
     templates = list(dict.fromkeys(row.template for row in rows))
     lengths = sorted({row.length for row in rows})
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        width = max(7.5, 1.5 + len(templates) * (0.6 + 0.85 * len(lengths)))
+        width = max(7.5, 1.5 + len(templates) * max(2.6, 0.6 + 0.85 * len(lengths)))
         height = 0.9 + len(names) * (1.3 + max(2.5, 0.3 * depths))
         figure = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(len(names), len(templates), squeeze=False)
         for across, (model, name) in zip(panels, names.items(), strict=True):
             for axes, template in zip(across, templates, strict=True):
                 chosen = [row for row in rows if row.model == model and row.template == template]
-                draw_panel(axes, chosen, lengths, depths=depths)
+                draw_panel(axes, chosen, lengths, depths=depths, unit=unit)
                 found = _share(tally(chosen)) if chosen else "not asked"
                 what = f"{name}, {template}" if len(names) > 1 else template
                 axes.set_title(f"{what}\n{found}")  # on one line, titles of narrow panels run into each other
         bar = figure.colorbar(_COLOUR_OF, ax=panels, shrink=0.8, label="recall in a cell (right / asked)")
         bar.set_ticks([0, 0.25, 0.5, 0.75, 0.9, 1])
-        figure.suptitle("\n".join(_describe(model, name, rows) for model, name in names.items()))
+        figure.suptitle("\n".join(_describe(model, name, rows, unit) for model, name in names.items()))
     return figure
 
 
-def draw_panel(axes: Axes, rows: Sequence[NeedleRow], lengths: Sequence[int], *, depths: int) -> None:
-    """One heat map with a column for each of `lengths`, depth 0 at the top."""
+def draw_panel(
+    axes: Axes, rows: Sequence[NeedleRow], lengths: Sequence[int], *, depths: int, unit: str = "bytes"
+) -> None:
+    """One heat map with a column for each of `lengths`, which count `unit`; depth 0 at the top."""
     cells = [tally_by_depth([row for row in rows if row.length == n], depths) for n in lengths]
     recall = np.ma.masked_invalid(
         [[cell.recall for cell in column] for column in cells]
@@ -96,7 +102,7 @@ def draw_panel(axes: Axes, rows: Sequence[NeedleRow], lengths: Sequence[int], *,
         for middle, cell in zip(middles, tallies, strict=True):
             if cell.asked and (cell.right < cell.asked or len(lengths) * depths <= FEW_CELLS):
                 _write_cell(axes, column + 0.5, float(middle), cell)
-    axes.set(xlabel="length of the haystack (bytes)", ylabel="depth of the needle (%)", ylim=(100, 0))
+    axes.set(xlabel=f"length of the haystack ({unit})", ylabel="depth of the needle (%)", ylim=(100, 0))
     axes.set_xticks(np.arange(len(lengths)) + 0.5, [_column_label(rows, n) for n in lengths], fontsize=8)
     axes.set_yticks(range(0, 101, 20))
     axes.tick_params(length=0)
@@ -132,7 +138,7 @@ def draw_positions(losses: Mapping[str, Sequence[ContextLoss]], path: Path) -> P
         axes.set_title("Loss by length of context: it must not rise")
         if len(losses) > 1:
             axes.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _choose(record: NeedleRecord, variant: str, depths: int) -> list[NeedleRow]:
@@ -145,7 +151,7 @@ def _choose(record: NeedleRecord, variant: str, depths: int) -> list[NeedleRow]:
     return rows
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as a whole or not at all."""
     content = BytesIO()
     with matplotlib.rc_context(STYLE):
@@ -182,11 +188,11 @@ def _share(found: Tally) -> str:
     )
 
 
-def _describe(model: Model, name: str, rows: Sequence[NeedleRow]) -> str:
+def _describe(model: Model, name: str, rows: Sequence[NeedleRow], unit: str) -> str:
     rows = [row for row in rows if row.model == model]
     size = f"{format_count(rows[0].total)} parameters, {format_count(rows[0].active)} active"
     longest = rows[0].trained_length
-    trained = f", trained on sequences of {longest:,} bytes" if longest else ""
+    trained = f", trained on sequences of {longest:,} {unit}" if longest else ""
     return f"{name}: {size}{trained}\n{_share(tally(rows))}, one-sided 95 % bound"
 
 

@@ -18,6 +18,7 @@ from moe.train.header import header
 from moe.train.metrics import NonFiniteError, eval_line, train_line
 from moe.train.run_folder import RunFolder
 from moe.train.settings import RunConfig
+from moe.train.task import make_task
 from moe.train.tensorboard import open_tensorboard
 from moe.train.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, save_tokenizer
 from moe.train.tokens import TokenisedCorpus, load_tokens
@@ -61,11 +62,13 @@ def train(
         run.check_free()
     known = known_tokenizer(run, config) if resume else None
     corpus = load_tokens(config, tokenizer=known, log=log)  # refuses bad data before a folder is claimed
+    windows = Windows(corpus.train, config.data.sequence_length)
+    task = make_task(config, windows)  # as does this, where images or recordings are missing
     with locked(folder), deterministic(device):
         if not resume:
             run.start(config)
         run.claim_corpus(corpus.manifest)
-        trainer = Trainer(config, Windows(corpus.train, config.data.sequence_length))
+        trainer = Trainer(config, windows, task)
         for line in header(config, corpus, trainer.device, trainer.dtype):
             log(line)
         if resume:

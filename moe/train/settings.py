@@ -12,6 +12,7 @@ from moe.config import did_you_mean
 from moe.decoder_config import DecoderConfig
 from moe.ops.choose import Backend
 from moe.probes.needle.config import NeedleConfig
+from moe.probes.senses.config import SensesConfig
 
 Encoding = Literal["utf-8", "bytes"]
 TokenizerKind = Literal["bytes", "bpe"]
@@ -145,7 +146,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    needle: NeedleConfig | None = None  # None: trained on the next token
+    needle: NeedleConfig | None = None  # without one of these parts: trained on the next token
+    senses: SensesConfig | None = None
 
     def __post_init__(self) -> None:
         if self.model.vocab_size < BYTE_VOCABULARY:
@@ -174,6 +176,8 @@ class RunConfig:
                 f"data.sequence_length={self.data.sequence_length} must be at least "
                 f"{self.needle.least_length}: a needle and its query have to fit."
             )
+        if self.senses is not None:
+            check_senses(self.model, self.data, self.senses)
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} is over model.max_position_embeddings="
@@ -196,7 +200,7 @@ class RunConfig:
         for part in data:
             if part not in PARTS:
                 raise ValueError(f"a run has no part {part!r}.{did_you_mean(part, list(PARTS))}")
-        named = [part for part in PARTS if part != "needle" or data.get(part) is not None]
+        named = [part for part in PARTS if part not in TASKS or data.get(part) is not None]
         return cls(**{part: _build(PARTS[part], part, data.get(part, {})) for part in named})
 
 
@@ -206,7 +210,32 @@ PARTS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "needle": NeedleConfig,
+    "senses": SensesConfig,
 }
+TASKS = ("needle", "senses")  # a run may have them or not
+
+
+def check_senses(model: DecoderConfig, data: DataConfig, senses: SensesConfig) -> None:
+    """Refuse a model or text that needles of several senses cannot be made for.
+
+    Raises:
+        ValueError: says which.
+    """
+    if model.modalities is None:
+        raise ValueError(
+            "model.modalities is not set, with a part senses: this decoder reads text alone. "
+            "Start from the preset senses, or set model.modalities={}."
+        )
+    if data.tokenizer != "bytes":
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer!r} with a part senses: its text is made of bytes. "
+            f'Set data.tokenizer="bytes" and model.vocab_size={BYTE_VOCABULARY}.'
+        )
+    if data.sequence_length < senses.least_length:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length} must be at least {senses.least_length}: "
+            f"a needle and its query have to fit."
+        )
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

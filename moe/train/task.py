@@ -39,9 +39,13 @@ class NextToken:
 
 
 def make_task(config: RunConfig, windows: Windows) -> Task:
-    """The task of a run: needles where it has a part `needle`, else the next token."""
-    if config.needle is None:
-        return NextToken(config, windows)
-    from moe.probes.needle.task import FindNeedles  # probes know training; training does not know them
+    """The task of a run: that of its part `senses` or `needle`, else the next token."""
+    if config.senses is not None:
+        from moe.probes.senses.task import FindSenses  # probes know training; training does not know them
 
-    return FindNeedles(config, windows)
+        return FindSenses(config, windows)
+    if config.needle is not None:
+        from moe.probes.needle.task import FindNeedles
+
+        return FindNeedles(config, windows)
+    return NextToken(config, windows)

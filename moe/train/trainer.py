@@ -24,18 +24,19 @@ from moe.train.optim import (
 )
 from moe.train.run_folder import RunFolder, generator_tensors, load_checkpoint, restore_generators
 from moe.train.settings import RunConfig
-from moe.train.task import make_task
+from moe.train.task import Task, make_task
 
 
 class Trainer:
     """The state of a run in memory; equal configs and windows make equal trainers.
 
-    Building one seeds torch's random generators with `train.seed`.
+    task: what it trains on, where that is at hand; None: that of the config. Building a trainer seeds
+    torch's random generators with `train.seed`.
     """
 
-    def __init__(self, config: RunConfig, windows: Windows) -> None:
+    def __init__(self, config: RunConfig, windows: Windows, task: Task | None = None) -> None:
         self.config = config
-        self.task = make_task(config, windows)
+        self.task = make_task(config, windows) if task is None else task
         self.device = choose_device(config.train.device)
         self.dtype = choose_precision(config.train, self.device)
         torch.manual_seed(config.train.seed)

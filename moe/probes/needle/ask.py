@@ -7,18 +7,39 @@ read of the haystack's keys and values: `KVCache.fork`.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from moe.autocast import autocast_dtype
 from moe.decoder import Decoder
 from moe.kv_cache import KVCache
+from moe.modality_sequence import Interleaved
 from moe.prefill import Prefill, Progress, prefill
-from moe.probes.needle.haystack import Haystack, Question
+from moe.probes.needle.haystack import Question
 from moe.train.device import memory_in_use
 
 BATCH = 64  # questions that share a read: beyond it nothing is gained
+
+
+class Asking(Protocol):
+    """A haystack and what is asked after it."""
+
+    @property
+    def prompt(self) -> Tensor | Interleaved:
+        """The haystack: ids (1 s), or a sequence of several senses."""
+        ...
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """Each asked alone."""
+        ...
+
+    @property
+    def needles(self) -> Sequence[object]:
+        """All that are hidden."""
+        ...
 
 
 def unwatched(done: int, total: int, seconds: float) -> None:
@@ -41,7 +62,7 @@ class Asked:
 
 def ask(
     decoder: Decoder,
-    haystack: Haystack,
+    haystack: Asking,
     *,
     dtype: torch.dtype | None = None,
     batch: int = BATCH,
@@ -50,11 +71,10 @@ def ask(
 ) -> Asked:
     """Read a haystack and answer its questions greedily.
 
-    dtype: of the cache. `progress` follows the reading, in bytes, and `answered` the questions.
+    dtype: of the cache. `progress` follows the reading, in tokens, and `answered` the questions.
     """
     device = decoder.head_weight.device
-    ids = torch.from_numpy(np.ascontiguousarray(haystack.ids))[None]
-    read = prefill(decoder, ids, dtype=dtype, progress=progress)
+    read = prefill(decoder, haystack.prompt, dtype=dtype, progress=progress)
     started = time.perf_counter()
     answers = answer(decoder, read.cache, haystack.questions, batch=batch, answered=answered)
     seconds = time.perf_counter() - started
@@ -79,7 +99,7 @@ def answer(
     device = decoder.head_weight.device
     started = time.perf_counter()
     given: dict[int, bytes] = {}
-    for group in _groups(questions, batch):
+    for group in groups(questions, batch):
         ids = torch.tensor([list(questions[i].query) for i in group], device=device)
         new = max(len(questions[i].answer) for i in group)
         out = decoder.generate(ids, max_new_tokens=new, temperature=0.0, cache=cache.fork(len(group)))
@@ -89,7 +109,7 @@ def answer(
     return tuple(given[i] for i in range(len(questions)))
 
 
-def _groups(questions: Sequence[Question], batch: int) -> list[list[int]]:
+def groups(questions: Sequence[Question], batch: int) -> list[list[int]]:
     """Numbers of questions whose queries have one length, at most `batch` together, like answers together."""
     by_length: dict[int, list[int]] = {}
     for number in sorted(range(len(questions)), key=lambda i: len(questions[i].answer)):

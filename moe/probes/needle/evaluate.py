@@ -107,18 +107,18 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise ValueError(f"{device} has no {dtype} ({error}). Keep the cache in float32.") from None
 
 
-def check_memory(run: Run, dtype: torch.dtype, lengths: Sequence[int]) -> None:
-    """Refuse lengths whose haystack and cache do not fit into the memory that is free.
+def check_memory(run: Run, dtype: torch.dtype, lengths: Sequence[int], *, per_token: int = PER_TOKEN) -> None:
+    """Refuse lengths whose haystack, `per_token` bytes a token, and cache do not fit into free memory.
 
     Raises:
         ValueError: one does not; says what would fit.
     """
     for length in lengths:
-        for what, (per_token, device) in _places(run.config.model, dtype, run.device).items():
-            free, needed = memory_available(device), per_token * length + BESIDE_CACHE
+        for what, (size, device) in _places(run.config.model, dtype, run.device, per_token).items():
+            free, needed = memory_available(device), size * length + BESIDE_CACHE
             if free is None or needed <= free:
                 continue
-            fits = max(free - BESIDE_CACHE, 0) // per_token
+            fits = max(free - BESIDE_CACHE, 0) // size
             cheaper = "" if dtype.itemsize < 4 else ", or keep the cache in bfloat16"
             raise ValueError(
                 f"length={length} needs {needed / 1e9:.1f} GB of {what}, and {free / 1e9:.1f} GB are free: "
@@ -127,10 +127,10 @@ def check_memory(run: Run, dtype: torch.dtype, lengths: Sequence[int]) -> None:
 
 
 def _places(
-    config: DecoderConfig, dtype: torch.dtype, device: torch.device
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, per_token: int = PER_TOKEN
 ) -> dict[str, tuple[int, torch.device]]:
     """Where memory is needed: its name, how many bytes a token takes there, and its device."""
     host, cache = torch.device("cpu"), cache_bytes(config, 1, dtype)
     if device.type == "cpu":
-        return {"memory": (PER_TOKEN + cache, host)}
-    return {"memory": (PER_TOKEN, host), f"memory of {device}": (max(cache, 1), device)}
+        return {"memory": (per_token + cache, host)}
+    return {"memory": (per_token, host), f"memory of {device}": (max(cache, 1), device)}

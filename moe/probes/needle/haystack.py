@@ -7,11 +7,14 @@ million bytes take little more than two copies.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from moe.probes.needle.needles import RANDOM_TEMPLATES, Fact, Template, change_one, draw_needles
+from moe.probes.needle.needles import RANDOM_TEMPLATES, Template, draw_needles, swap_values
 from moe.probes.needle.placement import Needle, Writing, choose_places, insert, needles_at, starts_of
 
 BYTES_PER_NEEDLE = 256
@@ -39,6 +42,9 @@ class Question:
         return int(self.depth * QUINTILES)
 
 
+AnyQuestion = TypeVar("AnyQuestion", bound=Question)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Haystack:
     """ids (n) uint8, the questions in random order, and all needles in the order of their places.
@@ -50,6 +56,11 @@ class Haystack:
     questions: tuple[Question, ...]
     needles: tuple[Needle, ...]
     shuffled_values: bool = False
+
+    @property
+    def prompt(self) -> Tensor:
+        """ids (1 n) uint8."""
+        return torch.from_numpy(np.ascontiguousarray(self.ids))[None]
 
 
 def default_needles(length: int) -> int:
@@ -93,12 +104,15 @@ def build_haystack(
     points, window = choose_places(rng, text, length, writings)
     questions = _ask(rng, writings, starts_of(points, writings), length, queries)
     if shuffle_values:
-        writings = _shuffle_values(rng, writings)
+        shuffled = swap_values(rng, [writing.fact for writing in writings])
+        writings = [Writing(w.template, fact) for w, fact in zip(writings, shuffled, strict=True)]
     ids = insert(window, points, writings)
     return Haystack(ids, questions, needles_at(points, writings), shuffle_values)
 
 
-def choose_balanced(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:
+def choose_balanced(
+    rng: np.random.Generator, questions: Sequence[AnyQuestion], count: int
+) -> list[AnyQuestion]:
     """`count` of the questions, as many from each fifth of the depth as there are; at random otherwise."""
     turn: list[tuple[int, float, int]] = []
     asked = [0] * QUINTILES
@@ -146,15 +160,3 @@ def _ask(
         of_template = [question for question in questions if question.template == name]
         chosen += choose_balanced(rng, of_template, queries)
     return tuple(chosen[i] for i in rng.permutation(len(chosen)).tolist())
-
-
-def _shuffle_values(rng: np.random.Generator, writings: list[Writing]) -> list[Writing]:
-    """Every fact with the value of another one; with another digit where that is the same value."""
-    order = rng.permutation(len(writings))
-    shuffled = list(writings)
-    for to, source in zip(order.tolist(), np.roll(order, 1).tolist(), strict=True):
-        fact, value = writings[to].fact, writings[source].fact.value
-        if value == fact.value:
-            value = change_one(value, 0, int(rng.integers(1, 10)), ord("0"), 10)
-        shuffled[to] = Writing(writings[to].template, Fact(fact.key, value))
-    return shuffled

@@ -107,21 +107,38 @@ TEMPLATES = {**RANDOM_TEMPLATES, DEFINITION.name: DEFINITION}
 
 
 def draw_needles(
-    rng: np.random.Generator, count: int, *, near_duplicate_keys: float, near_duplicate_values: float
+    rng: np.random.Generator,
+    count: int,
+    *,
+    near_duplicate_keys: float,
+    near_duplicate_values: float,
+    digits: int = VALUE_DIGITS,
 ) -> list[Fact]:
-    """Facts with different keys of 4 to 8 lower-case letters and values of 6 digits.
+    """Facts with different keys of 4 to 8 lower-case letters and values of so many digits.
 
     Each key is, with probability `near_duplicate_keys`, an earlier one with one letter changed; each value,
     with probability `near_duplicate_values`, one of the last 20 with one digit changed.
     """
     keys = _draw_keys(rng, count, near_duplicate_keys)
-    values = _draw_values(rng, count, near_duplicate_values)
+    values = _draw_values(rng, count, near_duplicate_values, digits)
     return [Fact(key, value) for key, value in zip(keys, values, strict=True)]
 
 
 def draw_value(rng: np.random.Generator) -> bytes:
     """A value of 6 random digits."""
     return b"%0*d" % (VALUE_DIGITS, rng.integers(10**VALUE_DIGITS))
+
+
+def swap_values(rng: np.random.Generator, facts: Sequence[Fact]) -> list[Fact]:
+    """Every fact with the value of another one; with another digit where that is the same value."""
+    order = rng.permutation(len(facts))
+    shuffled = list(facts)
+    for to, source in zip(order.tolist(), np.roll(order, 1).tolist(), strict=True):
+        key, value = facts[to].key, facts[source].value
+        if value == facts[to].value:
+            value = change_one(value, 0, int(rng.integers(1, 10)), _ZERO, 10)
+        shuffled[to] = Fact(key, value)
+    return shuffled
 
 
 def change_one(text: bytes, place: int, shift: int, first: int, size: int) -> bytes:
@@ -164,11 +181,11 @@ def _key_draws(
     )
 
 
-def _draw_values(rng: np.random.Generator, count: int, near_duplicates: float) -> list[bytes]:
-    digits = rng.integers(_ZERO, _ZERO + 10, (count, VALUE_DIGITS), dtype=np.uint8).tobytes()
-    values = [digits[i : i + VALUE_DIGITS] for i in range(0, len(digits), VALUE_DIGITS)]
+def _draw_values(rng: np.random.Generator, count: int, near_duplicates: float, digits: int) -> list[bytes]:
+    drawn = rng.integers(_ZERO, _ZERO + 10, (count, digits), dtype=np.uint8).tobytes()
+    values = [drawn[i : i + digits] for i in range(0, len(drawn), digits)]
     imitates, which = rng.random((2, count))
-    places, shifts = rng.integers(VALUE_DIGITS, size=count).tolist(), rng.integers(1, 10, count).tolist()
+    places, shifts = rng.integers(digits, size=count).tolist(), rng.integers(1, 10, count).tolist()
     for i in np.flatnonzero(imitates[1:] < near_duplicates).tolist():
         recent = min(i + 1, RECENT_VALUES)
         earlier = values[i + 1 - recent + int(which[i] * recent)]

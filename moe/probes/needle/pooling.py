@@ -2,20 +2,21 @@
 
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 
 from moe.parameters import count_parameters
-from moe.probes.needle.ask import Asked
+from moe.probes.needle.ask import Asked, Asking
 from moe.probes.needle.haystack import Haystack
 from moe.probes.needle.haystack_text import HaystackText
 from moe.probes.needle.record import NeedleRow, TextFacts
 from moe.train.runs import Run
 
+Row = TypeVar("Row", bound=NeedleRow)
 _DIGITS = 16  # of the digest of each text that stand in a row
 
 
@@ -41,7 +42,7 @@ class Result:
     peak_bytes: int
 
     @classmethod
-    def of(cls, haystack: Haystack, text: TextFacts, asked: Asked) -> Self:
+    def of(cls, haystack: Asking, text: TextFacts, asked: Asked) -> Self:
         """The result of questions just asked."""
         return cls(
             answers=tuple(
@@ -86,8 +87,11 @@ def make_row(
     dtype: torch.dtype,
     variant: str = "",
     name: str | None = None,
-) -> NeedleRow:
+    kind: Callable[..., Row] = NeedleRow,
+) -> Row:
     """One row of a record: the answers to one template in all haystacks of a length.
+
+    kind: makes the row of its fields.
 
     Raises:
         ValueError: nothing was asked, or as `NeedleRow`.
@@ -95,7 +99,7 @@ def make_row(
     count = count_parameters(run.config.model)
     mine = [answer for result in results for answer in result.answers if answer.template == template]
     asked = sum(len(result.answers) for result in results)
-    return NeedleRow(
+    return kind(
         run=run.name if name is None else name,
         step=run.step,
         total=count.total,

@@ -1,7 +1,7 @@
 """What an evaluation measured: plain data, kept as JSON. Tables and figures are made from it alone."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict
@@ -147,6 +147,11 @@ class NeedleRecord:
         write_json(path, {"environment": self.environment, "rows": [asdict(row) for row in self.rows]})
 
     @classmethod
+    def row_type(cls) -> type[NeedleRow]:
+        """What its rows are."""
+        return NeedleRow
+
+    @classmethod
     def load(cls, path: Path) -> Self:
         """The inverse of `save`.
 
@@ -160,7 +165,7 @@ class NeedleRecord:
             check_value("environment", dict, data["environment"])
             if not isinstance(data["rows"], list):
                 raise ValueError(f"rows={shorten(data['rows'])} must be a list.")
-            rows = tuple(_row(row, f"rows[{i}]") for i, row in enumerate(data["rows"]))
+            rows = tuple(_row(cls.row_type(), row, f"rows[{i}]") for i, row in enumerate(data["rows"]))
         except ValueError as error:
             raise ValueError(
                 f"{path} is not a record of a needle evaluation: {error} Evaluate again."
@@ -168,8 +173,8 @@ class NeedleRecord:
         return cls(rows, data["environment"])
 
 
-def merge(records: Iterable[NeedleRecord]) -> NeedleRecord:
-    """One record with the rows of all, in order; a row that several of them hold stays once.
+def merge(records: Sequence[NeedleRecord]) -> NeedleRecord:
+    """One record with the rows of all, in order, of the first one's kind; a row that several hold stays once.
 
     What all environments agree on stays; where they differ, a list of all different values.
     """
@@ -179,7 +184,8 @@ def merge(records: Iterable[NeedleRecord]) -> NeedleRecord:
         rows += [row for row in record.rows if row not in rows]
         for key, value in record.environment.items():
             environment.setdefault(key, []).append(value)
-    return NeedleRecord(tuple(rows), {key: _common(values) for key, values in environment.items()})
+    kind = type(records[0]) if records else NeedleRecord
+    return kind(tuple(rows), {key: _common(values) for key, values in environment.items()})
 
 
 def ask_once(rows: Iterable[NeedleRow]) -> list[NeedleRow]:
@@ -206,16 +212,16 @@ def tally_by_depth(rows: Iterable[NeedleRow], parts: int) -> list[Tally]:
 
 
 _TEXT: dict[str, type] = TextFacts.__annotations__
-_FIELDS = {field.name: field for field in fields(NeedleRow)}
-_REQUIRED = [name for name, field in _FIELDS.items() if field.default is MISSING]
 
 
-def _row(data: Any, where: str) -> NeedleRow:
+def _row(kind: type[NeedleRow], data: Any, where: str) -> NeedleRow:
     check_value(where, dict, data)
+    known = {field.name: field for field in fields(kind)}
+    required = [name for name, field in known.items() if field.default is MISSING]
     try:
-        check_keys(data, known=_FIELDS, required=_REQUIRED)
+        check_keys(data, known=known, required=required)
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return NeedleRow(**values)
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -56,6 +56,10 @@ _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
         "a list of numbers from 0 to 1",
         lambda value: isinstance(value, tuple) and all(_is_number(one) and 0 <= one <= 1 for one in value),
     ),
+    tuple[int, ...]: (
+        "a list of whole numbers from 0",
+        lambda value: isinstance(value, tuple) and all(type(one) is int and one >= 0 for one in value),
+    ),
     tuple[bool, ...]: (
         "a list of true and false",
         lambda value: isinstance(value, tuple) and all(isinstance(one, bool) for one in value),

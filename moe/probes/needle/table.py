@@ -38,13 +38,21 @@ def needle_table(record: NeedleRecord) -> list[str]:
     ">= %" is the one-sided 95 % bound of the recall. Tokens are bytes. Text that was repeated says so.
     """
     names = model_names(record.rows)
-    lines = table(HEAD, [(names[row.model], *_cells(row)) for row in record.rows])
-    return [*_headline(record.environment), *lines, "", *_paths(record.rows, names)]
+    lines = table(HEAD, [(names[row.model], *cells(row)) for row in record.rows])
+    return [*headline(record.environment), *lines, "", *paths(record.rows, names)]
 
 
-def verdict(row: NeedleRow) -> str:
-    """One line, such as `64k sentence: 500/500 = 100.0 % (>= 99.4 %)`; it says so if text was repeated."""
-    return _verdict([row])
+def verdict(*rows: NeedleRow) -> str:
+    """One line, such as `64k sentence: 500/500 = 100.0 % (>= 99.4 %)`; it says so if text was repeated.
+
+    Of several rows, of one template and length, the answers of all together.
+    """
+    found, row = tally(rows), rows[0]
+    repeated = ", repeated text" if any(row.text["repeated"] for row in rows) else ""
+    return (
+        f"{format_length(row.length)} {row.template}{repeated}: {found.right}/{found.asked} = "
+        f"{format_percent(found.recall)} % (>= {format_percent(found.lower_bound)} %)"
+    )
 
 
 def verdicts(record: NeedleRecord) -> list[str]:
@@ -58,7 +66,7 @@ def verdicts(record: NeedleRecord) -> list[str]:
     for row in ask_once(record.rows):
         groups[row.model, row.template, row.length].append(row)
     return [
-        (f"{names[model]}: " if len(names) > 1 else "") + _verdict(rows)
+        (f"{names[model]}: " if len(names) > 1 else "") + verdict(*rows)
         for (model, *_), rows in groups.items()
     ]
 
@@ -102,16 +110,8 @@ def model_names(rows: Iterable[NeedleRow]) -> dict[Model, str]:
     return {model: name if seen[name] == 1 else f"{name}, step {model.step}" for model, name in plain.items()}
 
 
-def _verdict(rows: list[NeedleRow]) -> str:
-    found, row = tally(rows), rows[0]
-    repeated = ", repeated text" if any(row.text["repeated"] for row in rows) else ""
-    return (
-        f"{format_length(row.length)} {row.template}{repeated}: {found.right}/{found.asked} = "
-        f"{format_percent(found.recall)} % (>= {format_percent(found.lower_bound)} %)"
-    )
-
-
-def _cells(row: NeedleRow) -> tuple[str, ...]:
+def cells(row: NeedleRow) -> tuple[str, ...]:
+    """A row under HEAD, from the template on."""
     rate = f"{row.length / row.prefill_seconds:,.0f}" if row.prefill_seconds else ABSENT
     peak = format_bytes(row.peak_bytes) if row.peak_bytes else ABSENT
     return (
@@ -139,7 +139,7 @@ def _worst_quintile(quintiles: list[Tally]) -> str:
     return f"{part.right}/{part.asked} at {worst * width}-{(worst + 1) * width} %"
 
 
-def _paths(rows: Iterable[NeedleRow], names: dict[Model, str]) -> list[str]:
+def paths(rows: Iterable[NeedleRow], names: dict[Model, str]) -> list[str]:
     """A line for each model and way of asking it."""
     lengths: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -150,7 +150,8 @@ def _paths(rows: Iterable[NeedleRow], names: dict[Model, str]) -> list[str]:
     return [f"{line} ({', '.join(found)})" for line, found in lengths.items()]
 
 
-def _headline(environment: Mapping[str, Any]) -> list[str]:
+def headline(environment: Mapping[str, Any]) -> list[str]:
+    """A line about the machine, and an empty one; nothing where nothing is known."""
     facts = [f"{key}: {_flat(environment[key])}" for key in ENVIRONMENT if environment.get(key)]
     return ["; ".join(facts), ""] if facts else []
 

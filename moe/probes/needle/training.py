@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe.probes.needle.config import NeedleConfig
 from moe.probes.needle.definitions import Definitions
+from moe.probes.needle.layout import draw_cuts, lay_out
 from moe.probes.needle.needles import DEFINITION, TEMPLATES, Fact, Template, draw_needles
 
 Array = NDArray[np.int64]
@@ -160,13 +161,17 @@ def _draw_facts(
     definitions: Definitions | None,
 ) -> list[Fact]:
     """A fact for each template; fewer when there are not as many definitions."""
-    near = {
-        "near_duplicate_keys": config.near_duplicate_keys,
-        "near_duplicate_values": config.near_duplicate_values,
-    }
+    keys, values = config.near_duplicate_keys, config.near_duplicate_values
     about_code = [template is DEFINITION for template in templates]
-    made_up = iter(draw_needles(rng, len(templates) - sum(about_code), **near))
-    real = iter(definitions.draw(rng, sum(about_code), **near) if definitions and any(about_code) else ())
+    count = sum(about_code)
+    made_up = iter(
+        draw_needles(rng, len(templates) - count, near_duplicate_keys=keys, near_duplicate_values=values)
+    )
+    real = iter(
+        definitions.draw(rng, count, near_duplicate_keys=keys, near_duplicate_values=values)
+        if definitions and count
+        else ()
+    )
     facts: list[Fact] = []
     for is_code in about_code:
         fact = next(real if is_code else made_up, None)
@@ -198,34 +203,20 @@ def _pair(template: Template, fact: Fact) -> _Pair:
 def _lay_out(
     rng: np.random.Generator, pairs: list[_Pair], text: NDArray[np.uint8], size: int
 ) -> tuple[list[bytes], Array, Array]:
-    """The pieces of a row of `size` bytes, and the number of the piece that is the needle / query of pair i.
-
-    Needles and half of the queries in random order, each query after its needle, with text before each; then
-    the other queries. A query drawn before its needle changes places with it.
-    """
-    order = rng.permutation(len(pairs))
-    inside, last = np.split(order, [len(pairs) // 2])
-    slots = rng.permutation(len(pairs) + len(inside))
-    needle_slot, query_slot = slots[: len(pairs)], slots[len(pairs) :]
-    of_pair = needle_slot[inside]
-    needle_slot[inside], query_slot = np.minimum(of_pair, query_slot), np.maximum(of_pair, query_slot)
-
-    # Every slot is two pieces, text and an item; the last piece of text stands before the queries at the end.
-    ends = 2 * len(slots) + 1
-    needle_piece = 2 * needle_slot + 1
-    query_piece = np.empty_like(needle_piece)
-    query_piece[inside] = 2 * query_slot + 1
-    query_piece[last] = ends + np.arange(len(last))
-    pieces = [b""] * (ends + len(last))
-    for pair, needle, query in zip(pairs, needle_piece.tolist(), query_piece.tolist(), strict=True):
+    """The pieces of a row of `size` bytes, and which of them is the needle / query of pair i."""
+    layout = lay_out(rng, len(pairs))
+    pieces = [b""] * layout.pieces
+    numbers = zip(layout.needle_piece.tolist(), layout.query_piece.tolist(), strict=True)
+    for pair, (needle, query) in zip(pairs, numbers, strict=True):
         pieces[needle], pieces[query] = pair.needle, pair.closed
-    pieces[0:ends:2] = _cut(rng, text, size - sum(map(len, pieces)), len(slots) + 1)
-    return pieces, needle_piece, query_piece
+    filler = layout.filler_pieces
+    for number, part in zip(filler, _cut(rng, text, size - sum(map(len, pieces)), len(filler)), strict=True):
+        pieces[number] = part
+    return pieces, layout.needle_piece, layout.query_piece
 
 
 def _cut(rng: np.random.Generator, text: NDArray[np.uint8], size: int, count: int) -> list[bytes]:
     """`size` consecutive bytes of the text, from a random place, cut at random into `count` pieces."""
     start = int(rng.integers(len(text) - size + 1))
     window = text[start : start + size].tobytes()
-    cuts = [0, *np.sort(rng.integers(size + 1, size=count - 1)).tolist(), size]
-    return [window[i:j] for i, j in pairwise(cuts)]
+    return [window[i:j] for i, j in pairwise(draw_cuts(rng, size, count))]

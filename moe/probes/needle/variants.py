@@ -21,16 +21,27 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """The name of each variant and its overrides; `code` adds a template instead of taking something away."""
 
+SENSES_VARIANTS: dict[str, tuple[str, ...]] = {
+    "no pointer loss": ("senses.pointer_loss=0.0",),
+    "no reading loss": ("senses.reading_loss=0.0",),
+    "short sequences alone": ("senses.short_fraction=1.0",),
+    "random init": ("model.attention_init=normal",),
+    "32 experts": ("model.num_experts=32",),
+}
+"""The same of the preset `senses`."""
 
-def overrides_of(name: str | None) -> tuple[str, ...]:
-    """The overrides of a variant, whose words may be joined by hyphens; none without a name.
+_OF_PRESET = {"needle": VARIANTS, "senses": SENSES_VARIANTS}
+
+
+def overrides_of(name: str | None, preset: str = "needle") -> tuple[str, ...]:
+    """The overrides of a variant of a preset, whose words may be joined by hyphens; none without a name.
 
     Raises:
         ValueError: there is no such variant.
     """
     if name is None:
         return ()
-    known = {slug(variant): overrides for variant, overrides in VARIANTS.items()}
+    known = {slug(variant): overrides for variant, overrides in _OF_PRESET[preset].items()}
     if slug(name) not in known:
         near = did_you_mean(slug(name), list(known))
         raise ValueError(f"there is no variant {name!r}.{near} There are: {', '.join(known)}.")

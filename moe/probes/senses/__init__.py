@@ -1,0 +1,1 @@
+"""Needles of text, images, video and sound in one sequence."""
