@@ -1,15 +1,16 @@
-"""The command `sparse-moe experts`: which experts the text of each domain goes to, beside chance."""
+"""The command `sparse-moe experts`: which experts each domain, or each sense, goes to, beside chance."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from moe.decoder import Decoder
-    from moe.probes.specialisation.domains import DomainText, Source
+    from moe.probes.specialisation.domains import Source
+    from moe.probes.specialisation.measure import LabelledBatch
     from moe.probes.specialisation.record import SpecialisationRecord
     from moe.train.runs import Run
 
@@ -32,7 +33,14 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
         help="a folder of text files, at least two of these; default: Python source of installed packages, "
         "C++ headers of torch, and what packages say of themselves in prose",
     )
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of each domain (default {TOKENS})")
+    parser.add_argument(
+        "--modalities",
+        action="store_true",
+        help="instead of domains: the senses in a haystack of held-out needles; of the preset senses",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=TOKENS, help=f"of each domain, or of the haystack (default {TOKENS})"
+    )
     parser.add_argument(
         "--permutations",
         type=int,
@@ -61,7 +69,7 @@ def domain_of(text: str) -> tuple[str, Path]:
 
 
 def run_experts(arguments: argparse.Namespace, show: Show) -> int:
-    """Read the text of every domain with a run; print, write and draw where its tokens went."""
+    """Read text of every domain, or of every sense; print, write and draw where its tokens went."""
     from moe.probes.needle.measured import check_target
     from moe.train.runs import open_run
 
@@ -75,8 +83,8 @@ def run_experts(arguments: argparse.Namespace, show: Show) -> int:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
     target = arguments.json or arguments.run / FILE
     check_target(target, ".json")
-    texts = _read(run, _sources(arguments), arguments, show)
-    record = _measure(run, texts, arguments)
+    read = _read_haystack if arguments.modalities else _read_domains
+    record = _measure(run, read(run, arguments, show), arguments)
     record.save(target)
     _print(record, show)
     show(f"written: {target}")
@@ -87,6 +95,35 @@ def run_experts(arguments: argparse.Namespace, show: Show) -> int:
 
     show(f"figure: {draw_specialisation(record, target.with_suffix('.png'))}")
     return 0
+
+
+class _Labelled(NamedTuple):
+    """Labels, the batches that a model reads, and the facts of what the labels stand on."""
+
+    labels: "Sequence[str]"
+    batches: "Callable[[Decoder], Iterable[LabelledBatch]]"
+    facts: dict[str, Any]
+
+
+def _read_domains(run: "Run", arguments: argparse.Namespace, show: Show) -> _Labelled:
+    from moe.probes.needle.questions import trained_digests
+    from moe.probes.specialisation.domains import domain_batches, read_domain, read_domains
+
+    read = partial(
+        read_domain,
+        tokenizer=run.tokenizer,
+        tokens=arguments.tokens,
+        sequence_length=run.config.data.sequence_length,
+        seed=arguments.seed,
+        exclude_digests=trained_digests(run),
+    )
+    texts = read_domains(_sources(arguments), read)
+    facts: dict[str, Any] = {}
+    for name, text in texts.items():
+        show(f"{name}: {text.tokens:,} tokens in {len(text.sequences)} sequences of {text.files} files")
+        count = {"files": text.files, "sequences": len(text.sequences)}
+        facts[name] = {"folder": text.folder, **count, "digest": text.digest}
+    return _Labelled(list(texts), lambda model: domain_batches(list(texts.values()), run.device), facts)
 
 
 def _sources(arguments: argparse.Namespace) -> "Mapping[str, Source]":
@@ -102,31 +139,27 @@ def _sources(arguments: argparse.Namespace) -> "Mapping[str, Source]":
     return sources
 
 
-def _read(
-    run: "Run", sources: "Mapping[str, Source]", arguments: argparse.Namespace, show: Show
-) -> "dict[str, DomainText]":
-    from moe.probes.needle.questions import trained_digests
-    from moe.probes.specialisation.domains import read_domain, read_domains
+def _read_haystack(run: "Run", arguments: argparse.Namespace, show: Show) -> _Labelled:
+    """A haystack of every sense that the run knows, of held-out images and sounds."""
+    from moe.probes.senses.questions import SensesQuestions, make_senses_haystacks
+    from moe.probes.specialisation.modalities import MODALITIES, modality_batches
 
-    read = partial(
-        read_domain,
-        tokenizer=run.tokenizer,
-        tokens=arguments.tokens,
-        sequence_length=run.config.data.sequence_length,
-        seed=arguments.seed,
-        exclude_digests=trained_digests(run),
+    if arguments.domain:
+        raise ValueError("--modalities and --domain are two questions. Ask them one after the other.")
+    questions = SensesQuestions(queries=1, haystacks=1, seed=arguments.seed)
+    haystack, text = next(make_senses_haystacks(run, questions, arguments.tokens))
+    show(f"a haystack of {len(haystack.prompt):,} tokens with {len(haystack.needles):,} needles")
+    facts = {"folder": text.root.name, "files": text.files, "digest": text.digest}
+    length = run.config.data.sequence_length
+    return _Labelled(
+        MODALITIES,
+        lambda model: modality_batches(model, [haystack.prompt], length=length),
+        {"haystack": {"tokens": len(haystack.prompt), "needles": len(haystack.needles), "text": facts}},
     )
-    texts = read_domains(sources, read)
-    for name, text in texts.items():
-        show(f"{name}: {text.tokens:,} tokens in {len(text.sequences)} sequences of {text.files} files")
-    return texts
 
 
-def _measure(
-    run: "Run", texts: "Mapping[str, DomainText]", arguments: argparse.Namespace
-) -> "SpecialisationRecord":
+def _measure(run: "Run", labelled: _Labelled, arguments: argparse.Namespace) -> "SpecialisationRecord":
     from moe.probes.needle.measured import measured_on
-    from moe.probes.specialisation.domains import domain_batches
     from moe.probes.specialisation.measure import Specialisation, specialisation_of, untrained
     from moe.probes.specialisation.record import SpecialisationRecord
 
@@ -134,26 +167,24 @@ def _measure(
         with run.autocast():
             return specialisation_of(
                 model,
-                domain_batches(list(texts.values()), run.device),
-                labels=list(texts),
+                labelled.batches(model),
+                labels=labelled.labels,
                 permutations=arguments.permutations,
                 seed=arguments.seed,
             )
 
     found = measure(run.model)
     control = None if arguments.no_control else measure(untrained(run.model, arguments.seed))
-    facts: dict[str, Any] = {
-        name: {
-            "folder": text.folder,
-            "files": text.files,
-            "sequences": len(text.sequences),
-            "digest": text.digest,
-        }
-        for name, text in texts.items()
-    }
-    length, seed = run.config.data.sequence_length, arguments.seed
-    environment = measured_on(run.device)
-    return SpecialisationRecord(run.name, run.step, length, seed, facts, found, control, environment)
+    return SpecialisationRecord(
+        run.name,
+        run.step,
+        run.config.data.sequence_length,
+        arguments.seed,
+        labelled.facts,
+        found,
+        control,
+        measured_on(run.device),
+    )
 
 
 def _print(record: "SpecialisationRecord", show: Show) -> None:
