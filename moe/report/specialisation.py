@@ -21,7 +21,8 @@ from moe.train.files import write_bytes
 # White is the share that all labels together have; orange is more, blue less.
 COLOURS = LinearSegmentedColormap.from_list("lift", ["#2b5c8a", "#ffffff", "#d1662a"])
 MOST_WRITTEN = 16  # experts: up to so many, every cell shows its percentage
-PANELS_ACROSS = 3
+MANY_WIDTH = 6.5  # inches of a panel with more
+WIDEST = 16.0  # inches of all panels beside one another
 _REACH = 2.0  # of the colours: log2 of share / share of all, from a quarter to four times
 _NORM = TwoSlopeNorm(0, vmin=-_REACH, vmax=_REACH)
 _EMPTY, _HATCH = "#e4e4e4", "#b4b4b4"
@@ -47,10 +48,11 @@ def specialisation_figure(
     """A heat map of labels by experts for every layer; above it the information, null and control."""
     controls = [None] * len(found.layers) if untrained is None else untrained.layers
     experts, labels, layers = len(found.layers[0].load), len(found.labels), len(found.layers)
-    across = min(PANELS_ACROSS, layers)
+    panel = 1.0 + (0.42 * experts if experts <= MOST_WRITTEN else MANY_WIDTH)
+    across = max(1, min(layers, int(WIDEST // panel)))
     down = -(-layers // across)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        width = max(7.0, 1.6 + across * (1.0 + 0.42 * min(experts, 2 * MOST_WRITTEN)))
+        width = max(7.0, 1.6 + across * panel)
         figure = Figure(figsize=(width, 1.3 + down * (1.5 + 0.42 * labels)), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False)
         for axes, layer, control in zip(panels.flat, found.layers, controls, strict=False):
