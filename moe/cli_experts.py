@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from moe.train.runs import Run
 
 Show = Callable[[str], None]
-TOKENS = 2**16
+TOKENS = 2**15
 PERMUTATIONS = 999
+CONTROLS = 3
 FILE = "experts.json"
 
 
@@ -49,7 +50,10 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of text and of the shuffles")
     parser.add_argument(
-        "--no-control", action="store_true", help="do not measure the same model before any training"
+        "--controls",
+        type=int,
+        default=CONTROLS,
+        help=f"the same model before any training, so many times (default {CONTROLS})",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE.json", help=f"default: {FILE} in the run folder; the figure beside"
@@ -81,6 +85,8 @@ def run_experts(arguments: argparse.Namespace, show: Show) -> int:
     for name in ("tokens", "permutations"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
+    if arguments.controls < 0:
+        raise ValueError(f"controls={arguments.controls} must be at least 0, for none.")
     target = arguments.json or arguments.run / FILE
     check_target(target, ".json")
     read = _read_haystack if arguments.modalities else _read_domains
@@ -163,18 +169,21 @@ def _measure(run: "Run", labelled: _Labelled, arguments: argparse.Namespace) -> 
     from moe.probes.specialisation.measure import Specialisation, specialisation_of, untrained
     from moe.probes.specialisation.record import SpecialisationRecord
 
-    def measure(model: "Decoder") -> Specialisation:
+    def measure(model: "Decoder", permutations: int) -> Specialisation:
         with run.autocast():
             return specialisation_of(
                 model,
                 labelled.batches(model),
                 labels=labelled.labels,
-                permutations=arguments.permutations,
+                permutations=permutations,
                 seed=arguments.seed,
             )
 
-    found = measure(run.model)
-    control = None if arguments.no_control else measure(untrained(run.model, arguments.seed))
+    found = measure(run.model, arguments.permutations)
+    seeds = range(arguments.seed * arguments.controls, (arguments.seed + 1) * arguments.controls)
+    controls = tuple(
+        measure(untrained(run.model, seed), 1) for seed in seeds
+    )  # only their information counts
     return SpecialisationRecord(
         run.name,
         run.step,
@@ -182,7 +191,7 @@ def _measure(run: "Run", labelled: _Labelled, arguments: argparse.Namespace) -> 
         arguments.seed,
         labelled.facts,
         found,
-        control,
+        controls,
         measured_on(run.device),
     )
 

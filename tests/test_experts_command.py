@@ -20,7 +20,13 @@ from moe.probes.specialisation.domains import (
     read_domains,
 )
 from moe.probes.specialisation.measure import specialisation, specialisation_of, untrained
-from moe.probes.specialisation.record import SpecialisationRecord, information_table, shares_table, verdict
+from moe.probes.specialisation.record import (
+    SpecialisationRecord,
+    information_table,
+    shares_table,
+    untrained_range,
+    verdict,
+)
 from moe.routing import Routing
 from moe.train.corpus import digest_file
 from moe.train.loop import train
@@ -209,8 +215,8 @@ def test_the_decoder_sees_each_sequence_alone(root):
 
 
 def test_the_control_is_the_model_before_training(root, capsys):
-    assert main(command(root, "--no-control")) == 0
-    assert SpecialisationRecord.load(root / "run" / "experts.json").untrained is None
+    assert main(command(root, "--controls=0")) == 0
+    assert SpecialisationRecord.load(root / "run" / "experts.json").untrained == ()
     run = open_run(root / "run")
     state = torch.random.get_rng_state()
     first, again, other = (untrained(run.model, seed) for seed in (0, 0, 1))
@@ -218,15 +224,16 @@ def test_the_control_is_the_model_before_training(root, capsys):
     assert torch.equal(first.head_weight, again.head_weight)
     assert not torch.equal(first.head_weight, other.head_weight)
     assert first.config == run.model.config and not first.training
-    assert main(command(root)) == 0
+    assert main(command(root, "--controls=2")) == 0
     record = SpecialisationRecord.load(root / "run" / "experts.json")
     texts = [
         read_domain(Source(root / name), BYTES, tokens=1000, sequence_length=run.config.data.sequence_length)
         for name in ("lower", "upper")
     ]
-    batches = domain_batches(texts, run.device)
-    expected = specialisation_of(first, batches, labels=("lower", "upper"), permutations=49)
-    assert record.untrained == expected != record.found
+    for model, control in zip((first, other), record.untrained, strict=True):
+        batches = domain_batches(texts, run.device)
+        assert control == specialisation_of(model, batches, labels=("lower", "upper"), permutations=1)
+    assert record.untrained[0] != record.untrained[1]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +242,7 @@ def test_the_control_is_the_model_before_training(root, capsys):
         (["--tokens=100000"], "domain 'lower': .* and 100000 are needed"),
         (["--tokens=0"], "tokens=0 must be at least 1"),
         (["--permutations=0"], "permutations=0 must be at least 1"),
+        (["--controls=-1"], "controls=-1 must be at least 0"),
         (["--json=x.txt"], "must end in .json"),
         (["--json=none/x.json"], "does not exist"),
         (["--domain=lower=elsewhere"], "given twice"),
@@ -278,10 +286,10 @@ def some_counts(labels=("text", "image", "audio"), experts: int = 6, layers: int
     return counts
 
 
-@pytest.mark.parametrize("control", [True, False])
+@pytest.mark.parametrize("control", [0, 2])
 def test_a_record_is_read_back_as_it_was(tmp_path, control):
     found = specialisation(some_counts(), permutations=9)
-    fresh = specialisation(some_counts(), permutations=9) if control else None
+    fresh = (specialisation(some_counts(), permutations=9),) * control
     record = SpecialisationRecord("run", 5, 64, 0, {"text": {}}, found, fresh, {"device": "cpu"})
     record.save(tmp_path / "a.json")
     assert SpecialisationRecord.load(tmp_path / "a.json") == record
@@ -293,13 +301,17 @@ def test_a_record_is_read_back_as_it_was(tmp_path, control):
 def test_the_verdict_counts_layers():
     found = specialisation(some_counts(), permutations=9)
     assert "in 4 of 4 MoE layers (largest p 0.1, least possible 0.1)" in verdict(found)
-    assert verdict(found, found).endswith("more than in the untrained model in 0 of 4")
+    assert verdict(found, [found]).endswith("more than in any of 1 untrained models in 0 of 4")
     empty = RoutingCounts("ab")
     route = Routing(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([[0], [0]]), torch.ones(2, 1))
     empty.add([route] * 4, torch.tensor([0, 1]))
     nothing = specialisation(empty, permutations=9)
     assert "in 0 of 4 MoE layers (largest p 1" in verdict(nothing)
-    assert verdict(found, nothing).endswith("more than in the untrained model in 4 of 4")
+    assert verdict(found, [nothing]).endswith("in any of 1 untrained models in 4 of 4")
+    assert verdict(found, [nothing, found]).endswith("in any of 2 untrained models in 0 of 4")
+    more = f"{found.layers[0].mutual_information:.4f}"
+    assert untrained_range([found, nothing], 0) == f"0.0000 to {more}"
+    assert untrained_range([found], 1) == more and untrained_range([], 0) == "-"
 
 
 def test_the_figure_has_a_panel_for_every_layer_and_shows_what_is_empty():
@@ -308,7 +320,7 @@ def test_the_figure_has_a_panel_for_every_layer_and_shows_what_is_empty():
 
     found = specialisation(some_counts(), permutations=9)
     fresh = specialisation(some_counts(), permutations=9)
-    figure = specialisation_figure(found, "run", fresh)
+    figure = specialisation_figure(found, "run", [fresh])
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert len(panels) == 4
     for axes, layer in zip(panels, found.layers, strict=True):

@@ -3,6 +3,7 @@
 Needs matplotlib (the extra "train").
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from moe.probes.specialisation.measure import LayerSpecialisation, Specialisation
-from moe.probes.specialisation.record import SpecialisationRecord, verdict
+from moe.probes.specialisation.record import SpecialisationRecord, untrained_range, verdict
 from moe.report.style import STYLE
 from moe.train.files import write_bytes
 
@@ -43,10 +44,9 @@ def draw_specialisation(record: SpecialisationRecord, path: Path) -> Path:
 
 
 def specialisation_figure(
-    found: Specialisation, title: str, untrained: Specialisation | None = None
+    found: Specialisation, title: str, untrained: Sequence[Specialisation] = ()
 ) -> Figure:
     """A heat map of labels by experts for every layer; above it the information, null and control."""
-    controls = [None] * len(found.layers) if untrained is None else untrained.layers
     experts, labels, layers = len(found.layers[0].load), len(found.labels), len(found.layers)
     panel = 1.0 + (0.42 * experts if experts <= MOST_WRITTEN else MANY_WIDTH)
     across = max(1, min(layers, int(WIDEST // panel)))
@@ -55,8 +55,8 @@ def specialisation_figure(
         width = max(7.0, 1.6 + across * panel)
         figure = Figure(figsize=(width, 1.3 + down * (1.5 + 0.42 * labels)), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False)
-        for axes, layer, control in zip(panels.flat, found.layers, controls, strict=False):
-            draw_layer(axes, layer, found.labels, control)
+        for index, (axes, layer) in enumerate(zip(panels.flat, found.layers, strict=False)):
+            draw_layer(axes, layer, found.labels, untrained_range(untrained, index))
         for axes in panels.flat[layers:]:
             axes.set_visible(False)
         bar = figure.colorbar(
@@ -74,7 +74,7 @@ def draw_layer(
     axes: Axes,
     layer: LayerSpecialisation,
     labels: tuple[str, ...],
-    control: LayerSpecialisation | None = None,
+    untrained: str = "-",
 ) -> None:
     """One heat map: a row for each label, a column for each expert, in percent of the label's slots."""
     experts = len(layer.load)
@@ -98,7 +98,7 @@ def draw_layer(
             )
     null = layer.by_block
     told = f"layer {layer.layer}: {layer.mutual_information:.4f} bits of {layer.label_entropy:.2f}"
-    before = "" if control is None else f"; untrained {control.mutual_information:.4f}"
+    before = "" if untrained == "-" else f"; untrained {untrained}"
     shuffled = f"blocks {null.found:.4f}; shuffled 99 % below {null.quantile_99:.4f}, p {null.p_value:.2g}"
     axes.set_title(f"{told}{before}\n{shuffled}", fontsize=9)
     axes.set(xlabel="expert (numbers: % of the label's slots)", ylim=(len(labels), 0))

@@ -1,5 +1,6 @@
 """What was measured of a run: plain data, kept as JSON, and its tables. Figures are made from it alone."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from moe.train.files import write_json
 class SpecialisationRecord:
     """A run, its step, the texts of its labels (facts of each), what was found, and where.
 
-    untrained  the same of a model of the same configuration before any training; None: not measured
+    untrained  the same of models of the same configuration before any training, each from another seed
     """
 
     run: str
@@ -24,7 +25,7 @@ class SpecialisationRecord:
     seed: int
     texts: dict[str, Any]
     found: Specialisation
-    untrained: Specialisation | None
+    untrained: tuple[Specialisation, ...]
     environment: dict[str, Any]
 
     def save(self, path: Path) -> None:
@@ -45,14 +46,15 @@ class SpecialisationRecord:
         """
         data = read_json(path)
         try:
-            found, control = _specialisation(data.pop("found")), data.pop("untrained")
-            return cls(**data, found=found, untrained=None if control is None else _specialisation(control))
+            found, untrained = data.pop("found"), data.pop("untrained")
+            controls = tuple(map(_specialisation, untrained))
+            return cls(**data, found=_specialisation(found), untrained=controls)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no record of `sparse-moe experts` ({error}).") from None
 
 
-def information_table(found: Specialisation, untrained: Specialisation | None = None) -> list[str]:
-    """Layer by layer: information, that of the untrained model, entropies, and the two nulls."""
+def information_table(found: Specialisation, untrained: Sequence[Specialisation] = ()) -> list[str]:
+    """Layer by layer: information, that of the untrained models, entropies, and the two nulls."""
     columns = (
         "layer",
         "I(expert; label)",
@@ -67,9 +69,16 @@ def information_table(found: Specialisation, untrained: Specialisation | None = 
         "p",
         "token null 99 %",
     )
-    controls = [None] * len(found.layers) if untrained is None else untrained.layers
-    pairs = zip(found.layers, controls, strict=True)
-    return list(table(columns, [_row(layer, control) for layer, control in pairs]))
+    rows = [_row(layer, untrained_range(untrained, i)) for i, layer in enumerate(found.layers)]
+    return list(table(columns, rows))
+
+
+def untrained_range(untrained: Sequence[Specialisation], index: int) -> str:
+    """Least and most information of the untrained models in the MoE layer of this index, counted from 0."""
+    values = [control.layers[index].mutual_information for control in untrained]
+    if not values:
+        return "-"
+    return f"{min(values):.4f}" if len(values) == 1 else f"{min(values):.4f} to {max(values):.4f}"
 
 
 def shares_table(found: Specialisation) -> list[str]:
@@ -84,8 +93,8 @@ def shares_table(found: Specialisation) -> list[str]:
     return list(table(("layer", "label", *map(str, range(experts))), filled))
 
 
-def verdict(found: Specialisation, untrained: Specialisation | None = None) -> str:
-    """In how many layers the information is above shuffled blocks, and above the untrained model's."""
+def verdict(found: Specialisation, untrained: Sequence[Specialisation] = ()) -> str:
+    """In how many layers the information is above shuffled blocks, and above the untrained models'."""
     layers = found.layers
     above = sum(layer.by_block.found > layer.by_block.quantile_99 for layer in layers)
     largest = max(layer.by_block.p_value for layer in layers)
@@ -94,21 +103,21 @@ def verdict(found: Specialisation, untrained: Specialisation | None = None) -> s
         f"above the 99 % quantile of shuffled blocks in {above} of {len(layers)} MoE layers "
         f"(largest p {largest:.3g}, least possible {least:.3g})"
     )
-    if untrained is None:
+    if not untrained:
         return chance
     more = sum(
-        one.mutual_information > control.mutual_information
-        for one, control in zip(layers, untrained.layers, strict=True)
+        layer.mutual_information > max(control.layers[i].mutual_information for control in untrained)
+        for i, layer in enumerate(layers)
     )
-    return f"{chance}; more than in the untrained model in {more} of {len(layers)}"
+    return f"{chance}; more than in any of {len(untrained)} untrained models in {more} of {len(layers)}"
 
 
-def _row(layer: LayerSpecialisation, control: LayerSpecialisation | None) -> tuple[str, ...]:
+def _row(layer: LayerSpecialisation, untrained: str) -> tuple[str, ...]:
     block, token = layer.by_block, layer.by_token
     return (
         str(layer.layer),
         f"{layer.mutual_information:.4f}",
-        "-" if control is None else f"{control.mutual_information:.4f}",
+        untrained,
         "-" if layer.by_ids is None else f"{layer.by_ids:.4f}",
         f"{layer.label_entropy:.3f}",
         f"{layer.expert_entropy:.3f}",
