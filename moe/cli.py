@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe import cli_icl, cli_needle
+from moe import cli_experts, cli_icl, cli_needle
 from moe.cli_icl import add_icl
 from moe.cli_needle_arguments import add_needle
 from moe.version import __version__
@@ -305,6 +305,11 @@ def run_icl(arguments: argparse.Namespace) -> int:
     return cli_icl.run_icl(arguments, show)
 
 
+def run_experts(arguments: argparse.Namespace) -> int:
+    """Run `experts`."""
+    return cli_experts.run_experts(arguments, show)
+
+
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench`."""
     parser.add_argument("name", nargs="?", help="which benchmark; without a name: list them")
@@ -369,6 +374,7 @@ COMMANDS = {
     "convert": Command("from and to Hugging Face folders, GGUF", add_convert, run_convert),
     "needle": Command("needles in long contexts: train, measure, draw", add_needle, run_needle),
     "icl": Command("languages learnt in context: train, measure, draw", add_icl, run_icl),
+    "experts": Command("which experts each domain of text goes to", cli_experts.add_experts, run_experts),
     "bench": Command("run a benchmark of the source tree", add_bench, run_bench),
     "doctor": Command("what is installed and which backend is used", add_doctor, run_doctor),
 }
