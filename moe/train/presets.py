@@ -156,10 +156,10 @@ def needle() -> RunConfig:
 
 
 def language() -> RunConfig:
-    """Under eight minutes on two CPU cores: 8 experts, 2 for each byte, that translate by a book in the context.
+    """Eight minutes on two CPU cores: 8 experts, 2 for each byte, that translate by a book in the context.
 
-    Two full layers without positions, each after a sliding one: the first fetches rules, the second looks words
-    up; they begin as induction heads, the sliding ones as copies. docs/in-context.md says what is worth what.
+    Two full layers without positions, each after a sliding one; they begin as induction heads, the sliding
+    ones as copies of what they see. docs/in-context.md says what each of these is worth.
     """
     return RunConfig(
         model=DecoderConfig(
