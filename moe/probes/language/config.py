@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from moe.probes.language.grammar import check_words
 
 LEAST_FILLER = 20  # bytes, where there is some
+MOST_EXERCISES, FIRST_EXERCISES = 0.3, 0.4
+_SHARES = ("grammar_share", "dictionary_share", "large_share", "filler_share", "ramp", "exercise_ramp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +25,8 @@ class LanguageConfig:
     grammar_share: float = 0.6  # of the documents have a grammar line
     dictionary_share: float = 0.9  # have a dictionary
     most_sentences: int = 17  # of a document; from 1, log-uniformly
-    exercises: float = 0.1  # of the sentences are single words, twice as many noun phrases; at first most are
-    exercise_ramp: float = 0.15  # of the steps: until then that share falls from 0.4 and 0.4
+    exercises: float = 0.1  # of the sentences are single words, and twice as many are noun phrases
+    exercise_ramp: float = 0.15  # of the steps: until then there are more, at first 0.4 and 0.4
     filler_share: float = 0.5  # of the batches have text between the pieces
     most_filler: int = 1000  # bytes of it; from 20, log-uniformly
     first_filler: int = 40  # the most at the beginning
@@ -38,11 +40,16 @@ class LanguageConfig:
             )
         check_words(self.words, self.letter_range)
         check_words(self.most_words, self.letter_range)
-        for name in ("grammar_share", "dictionary_share", "large_share", "filler_share", "ramp", "exercises"):
+        for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"language.{name}={getattr(self, name)} is a share: give a number from 0 to 1."
                 )
+        if not 0 <= self.exercises <= MOST_EXERCISES:
+            raise ValueError(
+                f"language.exercises={self.exercises} must be from 0 to {MOST_EXERCISES}: "
+                f"three times as many are no sentences."
+            )
         for name, least in (
             ("most_words", self.words),
             ("most_sentences", 1),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.probes.language.config import LEAST_FILLER, LanguageConfig
+from moe.probes.language.config import FIRST_EXERCISES, LEAST_FILLER, LanguageConfig
 from moe.probes.language.document import Piece, ask, book, lay_out
 from moe.probes.language.grammar import draw_items, draw_language
 
@@ -59,9 +59,10 @@ def draw_shape(rng: np.random.Generator, config: LanguageConfig, done: float) ->
             config.most_filler - config.first_filler
         )
         filler = _log_uniform(rng, LEAST_FILLER, int(most))
+    single, phrases = config.exercises, 2 * config.exercises
     begun = max(1 - done / max(config.exercise_ramp, 1e-9), 0.0)
-    single = config.exercises + begun * max(0.4 - config.exercises, 0)
-    phrases = min(2 * config.exercises, 0.4) + begun * max(0.4 - 2 * config.exercises, 0)
+    single += begun * max(FIRST_EXERCISES - single, 0)
+    phrases += begun * max(FIRST_EXERCISES - phrases, 0)
     return Shape(words, sentences, filler, single, phrases)
 
 
