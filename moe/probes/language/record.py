@@ -115,7 +115,7 @@ def merge(records: Iterable[LanguageRecord]) -> LanguageRecord:
     records = list(records)
     rows = dict.fromkeys(_key(row) for record in records for row in record.rows)
     known = {_key(row): row for record in records for row in record.rows}
-    environment = merge_needles(NeedleRecord((), record.environment) for record in records).environment
+    environment = merge_needles([NeedleRecord((), record.environment) for record in records]).environment
     return LanguageRecord(tuple(known[key] for key in rows), environment)
 
 
