@@ -11,7 +11,7 @@ from needle_helpers import Oracle, as_bytes, write_text
 from torch import Tensor
 
 from moe.kv_cache import KVCache
-from moe.probes.language.grammar import VERBS, Language, Phrase, Sentence
+from moe.probes.language.grammar import Language, Phrase, Sentence
 from moe.train.overrides import change, find_preset
 from moe.train.runs import Run
 from moe.train.tokenizer import ByteTokenizer
@@ -22,9 +22,11 @@ ENTRY = re.compile(rb"\n([a-z]{3})([A-Z]+);")
 
 def parse(english: str) -> Sentence:
     """The sentence that reads so."""
-    words = english.split()
-    verb = next(i for i, word in enumerate(words) if word in VERBS)
-    return Sentence(parse_phrase(words[:verb], "S"), words[verb], parse_phrase(words[verb + 1 :], "O"))
+    words: dict[str, list[str]] = {"S": [], "V": [], "O": []}
+    for word in english.split():
+        words[word[0]].append(word[1:])
+    (verb,) = words["V"]
+    return Sentence(parse_phrase(words["S"], "S"), verb, parse_phrase(words["O"], "O"))
 
 
 def parse_phrase(words: list[str], role: str) -> Phrase:

@@ -51,7 +51,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 def test_a_sentence_follows_the_rules_of_its_language(order, adjective_first, plural_first, expected):
     language = Language(WORDS, order, adjective_first, plural_first)
     assert ask(language, SEE).answer.decode() == expected + ";"
-    assert ask(language, SEE).query.decode() == "\n?big dogs see cat>"
+    assert ask(language, SEE).query.decode() == "\n?Sbig Sdogs Vsee Ocat>"
 
 
 def test_a_language_has_as_many_different_words_as_asked_and_a_plural():
@@ -176,7 +176,7 @@ def test_all_translations_and_nothing_else_are_predicted():
         made = batch(step)
         assert torch.equal(made.ids.gather(1, made.places + 1), made.targets)
         for ids, targets, is_answer in zip(made.ids, made.targets, made.is_answer, strict=True):
-            answers = re.findall(rb"\n\?[a-z ]+>([A-Za-z ]+;)", bytes(ids.tolist()))
+            answers = re.findall(rb"\n\?[SVOa-z ]+>([A-Za-z ]+;)", bytes(ids.tolist()))
             assert bytes(targets[is_answer].tolist()) == b"".join(answers)
 
 
@@ -242,7 +242,7 @@ def test_an_exercise_is_translated_as_a_part_of_a_sentence_is():
     language = Language(WORDS, "SVO", True, False)
     asked = [ask(language, item) for item in (DOGS, CAT, Word("see"))]
     assert [one.answer for one in asked] == [b"SaBBB SnDDD SpPPP;", b"OnCCC;", b"VVV;"]
-    assert [one.query for one in asked] == [b"\n?big dogs>", b"\n?cat>", b"\n?see>"]
+    assert [one.query for one in asked] == [b"\n?Sbig Sdogs>", b"\n?Ocat>", b"\n?see>"]
 
 
 def test_shares_of_documents_have_grammar_and_dictionary():

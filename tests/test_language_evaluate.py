@@ -94,11 +94,11 @@ def test_a_word_is_given_by_the_book_or_by_an_example(exam):
     for condition, examples in ((BOTH, 0), (NEITHER, 0), (NEITHER, 8), (HALF, 2), (DICTIONARY, 0)):
         one = paper(replace(exam, queries=60), condition=condition, examples=examples)
         text = one.ids.tobytes()
-        lines = re.findall(rb"\n\?([a-z ]+)>", text)
+        lines = re.findall(rb"\n\?([SVOa-z ]+)>", text)
         words = {a.decode() for a, _ in ENTRY.findall(text)} | {
-            word[:3].decode() for line in lines for word in line.split()
+            word[1:4].decode() for line in lines for word in line.split()
         }
-        if GRAMMAR.search(text) or any(word[3:] for line in lines for word in line.split()):
+        if GRAMMAR.search(text) or any(word[4:] for line in lines for word in line.split()):
             words.add("s")
         expected = tuple({part.english for part in answer.parts} <= words for answer in one.answers)
         assert one.given == expected, condition

@@ -24,7 +24,7 @@ class LanguageConfig:
     letters: tuple[int, ...] = (2, 4)  # the least and the most of a foreign word
     grammar_share: float = 0.6  # of the documents have a grammar line
     dictionary_share: float = 0.9  # have a dictionary
-    most_sentences: int = 17  # of a document; from 1, log-uniformly
+    most_sentences: int = 24  # of a document; from 1, log-uniformly
     exercises: float = 0.1  # of the sentences are single words, and twice as many are noun phrases
     exercise_ramp: float = 0.15  # of the steps: until then there are more, at first 0.4 and 0.4
     filler_share: float = 0.5  # of the batches have text between the pieces

@@ -1,8 +1,8 @@
 """Documents: the book of a language and parallel examples, in any order, with real text between them.
 
-    #SOV NA PN sKIB;               order; noun, adjective; plural word, noun; the plural word
-    dogVUR;                        an entry of the dictionary
-    ?big dogs see cat>KIB VUR ..;  a sentence and its translation
+    #SOV NA PN sKIB;        order; noun, adjective; plural word, noun; the plural word
+    dogVUR;                 an entry of the dictionary
+    ?Sbig Sdogs Vsee Ocat>SpKIB SnVUR SaWO OnFEMA VvTAS;    a sentence and its translation
 
 Each piece begins with a new line. A translation begins right behind the last letter of its word, where a
 key that is shifted by one byte finds it.

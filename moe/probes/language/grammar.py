@@ -42,9 +42,9 @@ class Phrase(NamedTuple):
 
     @property
     def english(self) -> str:
-        """Such as "big dogs"."""
+        """Such as "Sbig Sdogs": each word behind the letter of its role."""
         noun = self.noun + PLURAL * self.is_plural
-        return f"{self.adjective} {noun}" if self.adjective else noun
+        return " ".join(self.role + word for word in (self.adjective, noun) if word)
 
 
 class Sentence(NamedTuple):
@@ -56,8 +56,8 @@ class Sentence(NamedTuple):
 
     @property
     def english(self) -> str:
-        """Such as "big dogs see cat"."""
-        return f"{self.subject.english} {self.verb} {self.object.english}"
+        """Such as "Sbig Sdogs Vsee Ocat"."""
+        return f"{self.subject.english} V{self.verb} {self.object.english}"
 
     @property
     def phrases(self) -> tuple[Phrase, Phrase]:
@@ -207,7 +207,7 @@ def draw_sentences(rng: np.random.Generator, language: Language, count: int) -> 
 def draw_items(
     rng: np.random.Generator, language: Language, count: int, *, words: float, phrases: float
 ) -> list[Item]:
-    """Random sentences; of shares of them a word alone, or one of the phrases alone, glossed as a subject."""
+    """Random sentences; of shares of them a word alone, or one of the phrases alone."""
     items: list[Item] = []
     for sentence, chance in zip(
         draw_sentences(rng, language, count), rng.random(count).tolist(), strict=True
@@ -216,7 +216,7 @@ def draw_items(
             noun, _, adjective, _ = sentence.subject
             items.append(Word([noun, sentence.verb, adjective or noun][int(3 * chance / words)]))
         else:
-            phrase = sentence.phrases[chance < words + phrases / 2]._replace(role="S")
+            phrase = sentence.phrases[chance < words + phrases / 2]
             items.append(phrase if chance < words + phrases else sentence)
     return items
 
