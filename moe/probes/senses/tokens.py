@@ -62,8 +62,8 @@ class Tokens:
     def interleaved(self, bank: Bank) -> Interleaved:
         """The sequence that a decoder reads."""
         features = bank.features[self.rows[self.modality != Modality.TEXT]]
-        ids, modality = np.ascontiguousarray(self.ids), np.ascontiguousarray(self.modality)
-        return Interleaved(*map(torch.from_numpy, (ids.copy(), modality.copy(), features)))
+        arrays = self.ids.copy(), self.modality.copy(), features  # bytes may be read-only, which torch is not
+        return Interleaved(*map(torch.from_numpy, arrays))
 
 
 def write_needle(rng: np.random.Generator, bank: Bank, modality: Modality, fact: Fact) -> Tokens:
