@@ -17,7 +17,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.no_rope_layers=[1, 0]",
         'model.canon_set=["AC", "AB"]',
     ),
-    "code": ('needle.templates=["key_value", "sentence", "definition"]',),
+    "code": ('needle.templates=["key_value", "sentence", "definition"]', "model.sliding_window=64"),
 }
 """The name of each variant and its overrides; `code` adds a template instead of taking something away."""
 
