@@ -99,7 +99,8 @@ class GroupedQueryAttention(nn.Module):
         )
         self.ssmax = None
         if config.use_ssmax and self.window is None:  # begins as an ordinary layer at the trained length
-            self.ssmax = nn.Parameter(torch.full((n,), 1 / math.log(config.max_position_embeddings)))
+            begin = math.log(config.max_position_embeddings) ** -config.ssmax_power
+            self.ssmax = nn.Parameter(torch.full((n,), begin))
         if config.attention_init != "normal" and self.window is None:
             self._init_induction()
         if config.attention_init == "copying" and self.window is not None:
@@ -162,9 +163,9 @@ class GroupedQueryAttention(nn.Module):
         return Attended(out, queries * self.scale, keys)
 
     def _ssmax(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """s log(l) for the l keys that a query sees, (b n m 1); log 1 = 0, where there is no choice."""
+        """s log(l)^p for the l keys that a query sees, (b n m 1); log 1 = 0, where there is no choice."""
         assert self.ssmax is not None
-        logs = (positions + 1).to(at_least_fp32(dtype)).log()
+        logs = (positions + 1).to(at_least_fp32(dtype)).log() ** self.config.ssmax_power
         return einsum(self.ssmax.to(logs.dtype), logs, "n, b m -> b n m")[..., None].to(dtype)
 
     def _heads(self, x: Tensor, norm: "RMSNorm | None") -> Tensor:

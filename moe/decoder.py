@@ -90,7 +90,7 @@ class Decoder(nn.Module):
     | norms                                  | 1                                                       |
     | biases                                 | 0                                                       |
     | short convolutions                     | N(0, 0.1²) beside the residual                          |
-    | ssmax                                  | 1 / log(max_position_embeddings)                        |
+    | ssmax                                  | 1 / log(max_position_embeddings)^ssmax_power            |
     | vector of each modality                | N(0, (0.1 embedding_initializer_range)²)                |
     | image_proj (of patches of n numbers)   | N(0, 3 embedding_initializer_range² / n)                |
     | audio_proj (of frames of n numbers)    | N(0, embedding_initializer_range² / n)                  |

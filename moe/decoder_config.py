@@ -60,6 +60,7 @@ class DecoderConfig(MoEConfig):
     # layers and a full (global) one, "LLLGx2" the same twice
     layer_types: tuple[LayerType, ...] | str | None = None
     use_ssmax: bool = False  # full layers: logits grow with the logarithm of the number of keys (2501.19399)
+    ssmax_power: float = 1.0  # of that logarithm; above 1, far beyond the trained length logits grow faster
     # "induction": full layers begin as induction heads; "copying": and sliding ones give back what they see
     attention_init: AttentionInit = "normal"
 
@@ -159,6 +160,11 @@ class DecoderConfig(MoEConfig):
             raise ValueError(
                 f"max_position_embeddings={self.max_position_embeddings} with use_ssmax=True must be at "
                 f"least 2: the scale begins at 1 / log of it."
+            )
+        if self.ssmax_power <= 0 or (self.ssmax_power != 1 and not self.use_ssmax):
+            raise ValueError(
+                f"ssmax_power={self.ssmax_power} must be above 0, and 1 without use_ssmax, which has the "
+                f"logarithm that it is the power of."
             )
         if self.no_rope_layers is not None and (
             len(self.no_rope_layers) != len(layers) or not set(self.no_rope_layers) <= {0, 1}

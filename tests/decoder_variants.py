@@ -61,6 +61,7 @@ VARIANTS = {
     "latents of queries": LATENT | {"q_lora_rank": 7, "attention_bias": True, "attention_output_bias": True},
     "no positions in one layer": {"no_rope_layers": (1, 0, 1)},
     "logits grow with the keys": {"use_ssmax": True, "use_qk_norm": True},
+    "logits grow faster": {"use_ssmax": True, "ssmax_power": 2.5, "use_qk_norm": True},
     "convolutions": {"canon_set": ("ABC", "", "KC"), "canon_kernel": 3},
     "convolutions longer than the pieces": {"canon_set": ("A", "B", "C"), "canon_kernel": 6},
     "long context": LONG,
@@ -146,7 +147,7 @@ def attention_by_loops(
                 score = heads["q"][query][head] @ heads["k"][key][head * g // n]
                 score = score * (config.attention_multiplier or c**-0.5)
                 if config.use_ssmax and window is None:
-                    score = score * of["self_attn.ssmax"][head] * math.log(query + 1)
+                    score = score * of["self_attn.ssmax"][head] * math.log(query + 1) ** config.ssmax_power
                 shares.append(score.exp())
             total = sum(shares) + (of["self_attn.sinks"][head].exp() if config.attention_sinks else 0)
             values = [heads["v"][key][head * g // n] for key in range(first, query + 1)]

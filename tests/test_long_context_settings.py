@@ -77,6 +77,8 @@ NONSENSE = {
         r"no_rope_layers=\(1, 1, 0\): latent attention has none",
     ),
     "latents with a scale": (LATENT | {"use_ssmax": True}, "use_ssmax=True: latent attention has none"),
+    "a power of no logarithm": ({"ssmax_power": 2.0}, "ssmax_power=2.0 .*1 without use_ssmax"),
+    "a power of 0": ({"use_ssmax": True, "ssmax_power": 0.0}, "ssmax_power=0.0 must be above 0"),
     "a number for a truth": ({"use_ssmax": 1}, "use_ssmax=1 must be true or false"),
     "no length to begin at": (
         {"use_ssmax": True, "max_position_embeddings": 1},
@@ -221,7 +223,11 @@ def test_settings_that_change_no_result_keep_no_model_from_another_format():
 
 def test_convolutions_and_scales_count_as_parameters_and_not_as_operations():
     for name, changes in VARIANTS.items():
-        without = {key: value for key, value in changes.items() if key not in ("canon_set", "use_ssmax")}
+        without = {
+            key: value
+            for key, value in changes.items()
+            if key not in ("canon_set", "use_ssmax", "ssmax_power")
+        }
         with_them, plain = replace(BASE, **changes), replace(BASE, **(without | {"attention_init": "normal"}))
         assert flops_per_token(with_them, 100) == flops_per_token(plain, 100), name
     more = count_parameters(replace(BASE, **LONG)).total

@@ -21,7 +21,7 @@ from moe.probes.needle.definitions import (
     find_definitions,
     path_value,
 )
-from moe.probes.needle.needles import DEFINITION, Fact
+from moe.probes.needle.needles import DEFINITION, LONGEST_PATH, Fact
 from moe.probes.needle.training import predicted_places, training_batch
 from moe.train.corpus import digest_file, find_corpus
 from moe.train.settings import DataConfig
@@ -184,6 +184,24 @@ def test_near_duplicates_are_neighbours_by_name_or_by_path():
     assert sum(i - 1 in places for i in places) < 15  # by chance
     paths = Counter(fact.value for fact in draw(definitions, 30, values=1.0))
     assert len(paths) < 12 < len(Counter(fact.value for fact in draw(definitions, 30)))
+
+
+@given(st.integers(0, 30), st.integers(0, 1000))
+def test_files_move_together_into_made_up_folders(count, seed):
+    definitions = some_definitions(40)
+    facts = draw(definitions, count)
+    moved = definitions.move_deeper(np.random.default_rng(seed), facts)
+    assert [fact.key for fact in moved] == [fact.key for fact in facts]
+    above = {new.value.removesuffix(old.value) for old, new in zip(facts, moved, strict=True)}
+    assert len(above) <= 1 and all(re.fullmatch(rb"(\w+/){0,3}", one) for one in above)
+    assert all(len(fact.value) <= LONGEST_PATH for fact in moved)
+
+
+def test_paths_reach_the_length_of_real_ones():
+    definitions, rng = some_definitions(), np.random.default_rng(0)
+    facts = definitions.facts[:20]
+    lengths = {len(definitions.move_deeper(rng, facts)[0].value) for _ in range(99)}
+    assert min(lengths) == len(facts[0].value) and max(lengths) >= len(facts[0].value) + 18
 
 
 @pytest.mark.parametrize("templates", [("definition",), ("key_value", "sentence", "definition")])

@@ -13,6 +13,7 @@ from train_helpers import tiny_run, write_corpus
 
 from moe.cross_entropy import IGNORED
 from moe.probes.needle.config import NeedleConfig
+from moe.probes.needle.training import training_batch
 from moe.train.data import Windows
 from moe.train.loop import train
 from moe.train.overrides import change, load_settings
@@ -134,6 +135,39 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, step, accumul
     torch.manual_seed(99)
     train(config, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("step", [0, 11], ids=["short sequences", "long sequences"])
+def test_a_sequence_of_text_alone_has_the_loss_of_text_alone(tmp_path, step):
+    trainer = trainer_of(tmp_path, "needle.text_sequences=1.0", "needle.text_loss=0.3")
+    trainer.model.double()
+    batch = trainer.task.batch(step)
+    ids, places, targets, is_answer, pointers = batch[:5]
+    assert not is_answer.any() and (pointers == -1).all() and (places[:, 1:] > places[:, :-1]).all()
+    assert torch.equal(ids.gather(1, places[:, :-1] + 1), targets[:, :-1])
+    loss = trainer.task.loss(trainer.model, *batch)
+    logits = trainer.model.logits(trainer.model.hidden(ids, at=places).states)
+    expected = 0.3 * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss.total, expected)
+    assert loss.cross_entropy == 0
+
+
+def test_passages_come_from_all_over_the_text():
+    """Of a text whose every byte says where it stands."""
+    text = (np.arange(256 * 1000) // 1000).astype(np.uint8)
+    config = NeedleConfig(text_sequences=1.0)
+    batch = training_batch(text, config, length=3000, batch=20, seed=0, step=0)
+    steps = batch.ids.diff(dim=1)
+    jumps = ((steps != 0) & (steps != 1)).sum(1)
+    assert jumps.min() >= 0 and 1 < jumps.double().mean() < 10
+    assert len(batch.ids.unique()) > 80
+
+
+def test_a_share_of_the_sequences_is_text_alone():
+    text = np.frombuffer(b"the expert router sends every token to two of many " * 99, np.uint8)
+    config = NeedleConfig(text_sequences=0.2)
+    batch = training_batch(text, config, length=512, batch=200, seed=0, step=0)
+    assert 20 <= (~batch.is_answer.any(1)).sum() <= 62
 
 
 def test_a_small_run_learns_to_answer(tmp_path):

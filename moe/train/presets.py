@@ -104,8 +104,9 @@ def gpu_small() -> RunConfig:
 def needle() -> RunConfig:
     """Six minutes on two CPU cores: 8 experts, 2 for each byte, that find needles in a million bytes.
 
-    Two sliding layers and, last, a full one without positions, with logits that grow with the logarithm of
-    the number of keys; it begins as an induction head. docs/long-context.md says what each of these is worth.
+    Two sliding layers and, last, a full one without positions, with logits that grow with the squared
+    logarithm of the number of keys; it begins as an induction head. docs/long-context.md says what each of
+    these is worth.
     """
     return RunConfig(
         model=DecoderConfig(
@@ -123,6 +124,7 @@ def needle() -> RunConfig:
             rope_theta=1000.0,
             max_position_embeddings=4096,
             use_ssmax=True,
+            ssmax_power=2.0,
             attention_init="induction",
             canon_set=("AC", "AC", "AB"),
             moe_intermediate_size=32,
@@ -154,7 +156,7 @@ def needle() -> RunConfig:
             final_eval_tokens=131_072,
             checkpoint_every=400,
         ),
-        needle=NeedleConfig(),
+        needle=NeedleConfig(text_sequences=0.2),
     )
 
 
@@ -167,7 +169,7 @@ def senses() -> RunConfig:
     base = needle()
     return replace(
         base,
-        model=replace(base.model, modalities=ModalityConfig(), moe_intermediate_size=64),
+        model=replace(base.model, ssmax_power=1.0, modalities=ModalityConfig(), moe_intermediate_size=64),
         data=replace(base.data, sequence_length=3072),
         train=replace(base.train, steps=2400),
         needle=None,

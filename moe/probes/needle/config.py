@@ -20,6 +20,7 @@ class NeedleConfig:
     near_duplicate_keys: float = 0.3  # of the keys: an earlier key with one letter changed
     near_duplicate_values: float = 0.5  # of the values: one of the last 20 with one digit changed
     needle_share: float = 0.75  # of the bytes of a sequence: needles, queries and answers; the rest is text
+    text_sequences: float = 0.0  # of the sequences: text alone, passages from all over the corpus
     text_share: float = 0.1  # of the places that are no answers: predicted as well
     short_length: int = 512  # bytes of a sequence in the first part of the run
     short_fraction: float = 0.05  # of the steps: that first part
@@ -28,7 +29,13 @@ class NeedleConfig:
 
     def __post_init__(self) -> None:
         self._check_templates()
-        for name in ("near_duplicate_keys", "near_duplicate_values", "text_share", "short_fraction"):
+        for name in (
+            "near_duplicate_keys",
+            "near_duplicate_values",
+            "text_sequences",
+            "text_share",
+            "short_fraction",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"needle.{name}={getattr(self, name)} is a share: give a number from 0 to 1."

@@ -11,7 +11,7 @@ parenthesis, and what else was on its line follows on the next one. That is stil
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from moe.probes.needle.needles import DEFINITION, LONGEST_NAME, LONGEST_PATH, Fa
 from moe.train.corpus import Document, read_pieces
 
 NEAR = 20  # a near-duplicate path is at most so many definitions away in the order of the paths
+DEEPEST = 3  # folders that a training sequence puts above all its paths, at most
 
 _ANY_DEFINITION = re.compile(rb"^[ \t]*(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
 _DEFINITION = re.compile(rb"^([ \t]*(?:async[ \t]+)?)def[ \t]+(\w+)[ \t]*\(", re.MULTILINE)
@@ -98,6 +99,21 @@ class Definitions:
                 near = fresh.pop()
             chosen[near] = None
         return [self.facts[i] for i in chosen]
+
+    def move_deeper(self, rng: np.random.Generator, facts: Sequence[Fact]) -> list[Fact]:
+        """The facts, all their files moved into 0 to `DEEPEST` folders with made-up names.
+
+        The paths of a package share long beginnings, which those of the standard library do not: where they
+        part, only the name of the function, many bytes before, says how to go on. No path becomes longer than
+        `LONGEST_PATH`.
+        """
+        room = LONGEST_PATH - max((len(fact.value) for fact in facts), default=0)
+        above = b""
+        for i in rng.integers(len(self.facts), size=int(rng.integers(DEEPEST + 1))).tolist():
+            folder = self.facts[i].key.strip(b"_").lower() + b"/"
+            if 1 < len(folder) <= room - len(above):
+                above += folder
+        return [Fact(fact.key, above + fact.value) for fact in facts]
 
     def _beside(self, i: int, distance: int) -> int:
         return (i + distance) % len(self.facts)

@@ -100,7 +100,7 @@ DEFINITION = Template(
     query=(b"# where is def ", b"? "),
     close=b"",
     mean_key=20,
-    mean_value=23,  # of the standard library
+    mean_value=31,  # of the standard library, in the folders that training puts above it
     fact_bytes=(len(b"fa.py\n"), LONGEST_NAME + LONGEST_PATH),
 )
 TEMPLATES = {**RANDOM_TEMPLATES, DEFINITION.name: DEFINITION}

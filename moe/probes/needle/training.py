@@ -19,6 +19,7 @@ from moe.probes.needle.layout import draw_cuts, lay_out
 from moe.probes.needle.needles import DEFINITION, TEMPLATES, Fact, Template, draw_needles
 
 Array = NDArray[np.int64]
+SHORTEST_PASSAGE = 64  # bytes, in a sequence of text alone
 MIXED = 0.5  # of the sequences: every pair draws its template; the others have one template each
 
 
@@ -123,6 +124,8 @@ def _draw_row(
     definitions: Definitions | None,
 ) -> _Row:
     count, budget = predicted_places(config, length), int(config.needle_share * (length + 1))
+    if config.text_sequences and rng.random() < config.text_sequences:
+        return _draw_text(rng, text, length, count)
     templates = _draw_templates(rng, config, budget)
     facts = _draw_facts(rng, config, templates, definitions)
     pairs = _fill(templates, facts, budget, most_answers=count)
@@ -143,6 +146,21 @@ def _draw_row(
     places = np.flatnonzero(is_chosen)
     pointers = pointer_at[places]
     return _Row(row[:-1], places, row[places + 1], pointers >= 0, pointers)
+
+
+def _draw_text(rng: np.random.Generator, text: NDArray[np.uint8], length: int, count: int) -> _Row:
+    """Passages from anywhere, of any length, predicted at `count` places: what is far away seldom helps."""
+    passages: list[NDArray[np.uint8]] = []
+    missing = length + 1
+    while missing > 0:
+        size = min(missing, int(SHORTEST_PASSAGE * (length / SHORTEST_PASSAGE) ** rng.random()) + 1)
+        start = int(rng.integers(len(text) - size + 1))
+        passages.append(text[start : start + size])
+        missing -= size
+    row = np.concatenate(passages).astype(np.int64)
+    places = np.sort(rng.permutation(length)[:count])
+    nothing = np.full(count, -1, np.int64)
+    return _Row(row[:-1], places, row[places + 1], nothing >= 0, nothing)
 
 
 def _draw_templates(rng: np.random.Generator, config: NeedleConfig, budget: int) -> list[Template]:
@@ -168,7 +186,9 @@ def _draw_facts(
         draw_needles(rng, len(templates) - count, near_duplicate_keys=keys, near_duplicate_values=values)
     )
     real = iter(
-        definitions.draw(rng, count, near_duplicate_keys=keys, near_duplicate_values=values)
+        definitions.move_deeper(
+            rng, definitions.draw(rng, count, near_duplicate_keys=keys, near_duplicate_values=values)
+        )
         if definitions and count
         else ()
     )

@@ -4,7 +4,9 @@ from moe.config import did_you_mean
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "no pointer loss": ("needle.pointer_loss=0.0",),
-    "constant logit scale": ("model.use_ssmax=false",),
+    "constant logit scale": ("model.use_ssmax=false", "model.ssmax_power=1.0"),
+    "logarithm not squared": ("model.ssmax_power=1.0",),
+    "no sequences of text": ("needle.text_sequences=0.0",),
     "rotary in the global layer": ("model.no_rope_layers=[1, 1, 1]",),
     "random init": ("model.attention_init=normal",),
     "no convolutions but on q, k, v": ('model.canon_set=["", "", "B"]',),
@@ -17,7 +19,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.no_rope_layers=[1, 0]",
         'model.canon_set=["AC", "AB"]',
     ),
-    "code": ('needle.templates=["key_value", "sentence", "definition"]',),
+    "code": ('needle.templates=["key_value", "sentence", "definition"]', "model.sliding_window=64"),
 }
 """The name of each variant and its overrides; `code` adds a template instead of taking something away."""
 
