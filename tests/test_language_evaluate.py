@@ -131,7 +131,9 @@ class Sloppy(Translator):
 
     def next(self, text: bytes, suffix: bytes) -> int:
         right = super().next(text, suffix)
-        return ord("?") if right and super().next(text, suffix + bytes([right])) == ord(";") else right
+        after = super().next(text, suffix + bytes([right]))
+        last = right and after == ord(" ") and super().next(text, suffix + bytes([right, after])) == ord(";")
+        return ord("?") if last else right
 
 
 class Endless(Translator):
@@ -139,7 +141,7 @@ class Endless(Translator):
 
     def next(self, text: bytes, suffix: bytes) -> int:
         right = super().next(text, suffix)
-        return ord(" ") if right == ord(";") else right
+        return ord("S") if right == ord(";") else right
 
 
 @pytest.mark.parametrize("model", [Sloppy, Endless])
