@@ -70,7 +70,7 @@ class Translator(Oracle):
             Known(words | {"s": some.decode()}), order.decode(), adjective == b"AN", plural == b"PN"
         )
         parts = language.translate(parse(english.decode()))
-        answer = "".join(f"{part.gloss}{part.foreign} " for part in parts) + ";"
+        answer = " ".join(part.gloss + part.foreign for part in parts) + ";"
         return ord(answer[len(written)]) if answer.encode().startswith(written) else ord("!")
 
 

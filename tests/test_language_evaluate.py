@@ -131,9 +131,7 @@ class Sloppy(Translator):
 
     def next(self, text: bytes, suffix: bytes) -> int:
         right = super().next(text, suffix)
-        after = super().next(text, suffix + bytes([right]))
-        last = right and after == ord(" ") and super().next(text, suffix + bytes([right, after])) == ord(";")
-        return ord("?") if last else right
+        return ord("?") if right and super().next(text, suffix + bytes([right])) == ord(";") else right
 
 
 class Endless(Translator):
@@ -141,7 +139,7 @@ class Endless(Translator):
 
     def next(self, text: bytes, suffix: bytes) -> int:
         right = super().next(text, suffix)
-        return ord("S") if right == ord(";") else right
+        return ord(" ") if right == ord(";") else right
 
 
 @pytest.mark.parametrize("model", [Sloppy, Endless])

@@ -222,7 +222,7 @@ def language() -> RunConfig:
             selection_bias_rate=3e-3,
         ),
         train=TrainConfig(
-            steps=2200,
+            steps=2600,
             batch_size=1,
             log_every=50,
             eval_every=0,

@@ -2,7 +2,7 @@
 
     #SOV NA PN sKIB;        order; noun, adjective; plural word, noun; the plural word
     dogVUR;                 an entry of the dictionary
-    ?Sbig Sdogs Vsee Ocat>SpKIB SnVUR SaWO OnFEMA VvTAS ;   a sentence and its translation
+    ?Sbig Sdogs Vsee Ocat>SpKIB SnVUR SaWO OnFEMA VvTAS;    a sentence and its translation
 
 Each piece begins with a new line. A translation begins right behind the last letter of its word, where a
 key that is shifted by one byte finds it.
@@ -50,7 +50,7 @@ def entry(language: Language, word: str) -> Piece:
 def ask(language: Language, what: Item) -> Answer:
     """A sentence, phrase or word, and what should be written after it."""
     parts = language.translate(what)
-    answer = "".join(f"{part.gloss}{part.foreign} " for part in parts) + END
+    answer = " ".join(part.gloss + part.foreign for part in parts) + END
     return Answer(f"\n?{what.english}>".encode(), answer.encode(), parts)
 
 

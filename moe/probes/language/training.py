@@ -137,8 +137,7 @@ def _draw_row(
             at = laid.words.get(english)
             pointers += [-1] * len(gloss)
             pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
-            pointers.append(-1)  # the space
-        pointers.append(-1)  # the end
+            pointers.append(-1)  # the space or the end
     return _Row(laid.text, np.array(places), np.array(pointers))
 
 
