@@ -245,7 +245,7 @@ def omni() -> RunConfig:
         base,
         model=replace(base.model, modalities=ModalityConfig(), moe_intermediate_size=64),
         data=replace(base.data, sequence_length=3072),
-        train=replace(base.train, steps=4000),
+        train=replace(base.train, steps=3200),
         senses=SensesConfig(),
     )
 
