@@ -20,6 +20,7 @@ def load_film(path: Path, *, side: int, most: int = MOST_FRAMES) -> NDArray[np.f
         raise FileNotFoundError(f"there is no video file {path}.")
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         raise ImportError(f"decoding {path} needs PyAV, which is not installed: pip install av.") from None
     frames: list[NDArray[np.float32]] = []
@@ -27,10 +28,10 @@ def load_film(path: Path, *, side: int, most: int = MOST_FRAMES) -> NDArray[np.f
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
                 grey = frame.reformat(width=side, height=side, format="gray", interpolation="AREA")
-                frames.append(grey.to_ndarray().astype(np.float32) / 255)
+                frames.append((grey.to_ndarray() / 255).astype(np.float32))
                 if len(frames) == most:
                     break
-    except (av.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise ValueError(f"{path} is no video that PyAV can decode ({error}).") from None
     if not frames:
         raise ValueError(f"{path} has no frame.")

@@ -5,7 +5,7 @@ They are scikit-learn's (`load_digits`: Alpaydin and Kaynak 1998, UCI), which sh
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ def load_handwriting(split: Split) -> Handwriting:
             "the handwritten digits are part of scikit-learn, which is not installed: pip install "
             "scikit-learn, or pip install '.[senses]' in a clone of the repository."
         ) from None
-    data = load_digits()
+    data = cast("Any", load_digits())  # with other arguments it returns a tuple
     pixels = data.images.astype(np.uint8)  # 0 to 16
     chosen = split_by_content(pixels, split)
     images = (pixels[chosen] / 16).astype(np.float32)
