@@ -37,7 +37,7 @@ def draw_languages(record: LanguageRecord, path: Path) -> Path:
 
 
 def language_figure(record: LanguageRecord) -> Figure:
-    """Left, by number of examples without filler; right, by filler, all numbers of examples together.
+    """Left, by number of examples without filler; right, by filler, with the most examples.
 
     Runs are pooled; a small dot is one run. Bars reach down to the one-sided 95 % bound. Of the sizes of
     dictionary, the smallest is drawn.
@@ -76,17 +76,20 @@ def draw_examples(axes: Axes, rows: Sequence[LanguageRow]) -> None:
 
 
 def draw_fillers(axes: Axes, rows: Sequence[LanguageRow]) -> None:
-    """A line for each condition, over the numbers of examples that were asked at every filler."""
+    """A line for each condition, with the most examples that were asked at every filler that it has."""
     fillers = sorted({row.filler for row in rows})
     places = {filler: place for place, filler in enumerate(fillers)}
+    counts: set[int] = set()
     for condition in _conditions(rows):
         mine = [row for row in rows if row.condition == condition]
-        there = {f: {row.examples for row in mine if row.filler == f} for f in fillers}
-        common = set.intersection(*(counts for counts in there.values() if counts))
-        chosen = [row for row in mine if row.examples in common]
+        there = ({row.examples for row in mine if row.filler == f} for f in fillers)
+        common = set.intersection(*filter(None, there))
+        chosen = [row for row in mine if row.examples == max(common, default=None)]
         if chosen and len({row.filler for row in chosen}) > 1:
             _draw_line(axes, chosen, places, "filler", condition)
-    _finish(axes, [format_filler(f) for f in fillers], "filler (bytes)")
+            counts.add(chosen[0].examples)
+    examples = f"; {' or '.join(map(str, sorted(counts)))} examples" if counts else ""
+    _finish(axes, [format_filler(f) for f in fillers], f"filler (bytes){examples}")
 
 
 def _draw_line(
