@@ -125,7 +125,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, accumulation)
         ("language.most_filler=10", "most_filler=10 must be at least 40"),
         ("language.pointer_loss=-1", "is the weight of a loss"),
         ("data.tokenizer=bpe", "vocab_size"),
-        ("needle.text_loss=0.5", "a run has one task"),
+        ("language.share=0", "language.share=0.* must be above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, override, message):

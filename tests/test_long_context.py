@@ -282,7 +282,7 @@ def attention_to_what_came_next(init: str, seed: int) -> Tensor:
     the token after the earlier occurrence of each of its tokens, (b n m), m of them.
     """
     torch.manual_seed(seed)
-    decoder = Decoder(replace(PRESETS["needle"]().model, attention_init=init))
+    decoder = Decoder(replace(PRESETS["needle"]().model, ssmax_power=1.0, attention_init=init))
     segment, other = torch.randint(256, (4, 24)), torch.randint(256, (4, 200))
     ids = torch.cat([other[:, :60], segment, other[:, 60:], segment], dim=1)
     with torch.no_grad():

@@ -239,7 +239,7 @@ def test_the_preset_is_that_of_needles_with_every_sense():
         ("senses.modalities=['text', 'taste']", "senses.modalities has no 'taste'; there are"),
         ("senses.modalities=[]", "senses.modalities is empty"),
         ("senses.needle_share=1.0", "senses.needle_share=1.0 must be between 0 and 1"),
-        ("senses.reading_loss=-1.0", "senses.reading_loss=-1.0 is the weight of a loss"),
+        ("senses.reading_loss=-1.0", "senses.reading_loss=-1.0 is a weight"),
         ("senses.predicted_share=1.5", "senses.predicted_share=1.5 is a share"),
         ("senses.short_length=20", "senses.short_length=20 must be at least"),
         ("senses.speech_frames=0", "senses.speech_frames=0 must be at least 1"),
