@@ -183,53 +183,24 @@ def language() -> RunConfig:
     Two full layers without positions, each after a sliding one; they begin as induction heads, the sliding
     ones as copies of what they see. docs/in-context.md says what each of these is worth.
     """
-    return RunConfig(
-        model=DecoderConfig(
-            vocab_size=256,
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=64,
-            use_qk_norm=True,
-            attention_multiplier=0.2,
-            layer_types="LGLG",
-            sliding_window=96,
-            no_rope_layers=(1, 0, 1, 0),
-            rope_theta=1000.0,
-            max_position_embeddings=4096,
-            use_ssmax=True,
-            attention_init="copying",
-            canon_set=("AC", "AB", "AC", "AB"),
-            moe_intermediate_size=32,
-            num_experts=8,
-            num_experts_per_tok=2,
-            n_shared_experts=1,
-            scoring_func="sigmoid",
-            use_selection_bias=True,
-            tie_word_embeddings=False,
-            initializer_range=0.07,
-            embedding_initializer_range=0.5,
-        ),
-        data=DataConfig(sequence_length=2560, include_tests=False),
-        optim=OptimConfig(
-            lr=3e-3,
-            beta2=0.98,
-            weight_decay=0.02,
-            schedule="wsd",
-            decay_fraction=0.7,
-            final_fraction=0.05,
-            selection_bias_rate=3e-3,
-        ),
-        train=TrainConfig(
-            steps=2600,
-            batch_size=1,
-            log_every=50,
-            eval_every=0,
-            eval_tokens=32_768,
-            final_eval_tokens=131_072,
-            checkpoint_every=400,
-        ),
+    base = needle()
+    model = replace(
+        base.model,
+        num_hidden_layers=4,
+        layer_types="LGLG",
+        sliding_window=96,
+        no_rope_layers=(1, 0, 1, 0),
+        ssmax_power=1.0,
+        attention_init="copying",
+        canon_set=("AC", "AB", "AC", "AB"),
+    )
+    return replace(
+        base,
+        model=model,
+        data=replace(base.data, sequence_length=2560),
+        optim=replace(base.optim, weight_decay=0.02),
+        train=replace(base.train, steps=2600),
+        needle=None,
         language=LanguageConfig(),
     )
 
