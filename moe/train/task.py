@@ -67,6 +67,15 @@ class Mixture:
         return self.tasks[int(numbers[0])].loss(model, *rest)
 
 
+def share_of(part: Tensor, whole: Tensor, sequences: Tensor) -> Tensor:
+    """The places chosen (b m) in these sequences over those that as many have, on average, in the batch.
+
+    `whole` places are chosen in the batch of `sequences`; 1 where these are all of it. With it, means of
+    unlike parts of an accumulated batch add up to that of the whole.
+    """
+    return sequences * part.sum() / (len(part) * whole.clamp(min=1))
+
+
 def make_task(config: RunConfig, windows: Windows) -> Task:
     """The task of a run: that of its part `needle`, `senses` or `language`, of several a mixture by their
     `share`; without one the next token.

@@ -5,10 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from moe.json_files import read_json
-from moe.probes.needle.record import NeedleRecord, Tally, TextFacts
-from moe.probes.needle.record import merge as merge_needles
-from moe.probes.needle.record_checks import check_keys, check_value, shorten
+from moe.probes.needle.record import Tally, TextFacts, merge_environments, read_record
+from moe.probes.needle.record_checks import check_keys, check_value
 from moe.train.files import write_json
 
 
@@ -96,27 +94,14 @@ class LanguageRecord:
             FileNotFoundError: no such file.
             ValueError: not JSON, or no record: names the file and the key that is wrong.
         """
-        data = read_json(path)
-        try:
-            check_keys(data, known=("environment", "rows"), required=("environment", "rows"))
-            check_value("environment", dict, data["environment"])
-            if not isinstance(data["rows"], list):
-                raise ValueError(f"rows={shorten(data['rows'])} must be a list.")
-            rows = tuple(_row(row, f"rows[{i}]") for i, row in enumerate(data["rows"]))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is not a record of an evaluation of languages: {error} Evaluate again."
-            ) from None
-        return cls(rows, data["environment"])
+        return cls(*read_record(path, LanguageRow, "an evaluation of languages"))
 
 
 def merge(records: Iterable[LanguageRecord]) -> LanguageRecord:
     """One record with the rows of all, in order; a row that several of them hold stays once."""
     records = list(records)
-    rows = dict.fromkeys(_key(row) for record in records for row in record.rows)
-    known = {_key(row): row for record in records for row in record.rows}
-    environment = merge_needles([NeedleRecord((), record.environment) for record in records]).environment
-    return LanguageRecord(tuple(known[key] for key in rows), environment)
+    rows = list({repr(row): row for record in records for row in record.rows}.values())
+    return LanguageRecord(tuple(rows), merge_environments(record.environment for record in records))
 
 
 def pool(tallies: Iterable[Tally]) -> Tally:
@@ -131,18 +116,3 @@ def _tally(exact: Iterable[bool], chosen: Iterable[bool]) -> Tally:
 
 
 _TEXT: dict[str, type] = TextFacts.__annotations__
-_FIELDS = [field.name for field in fields(LanguageRow)]
-
-
-def _key(row: LanguageRow) -> str:
-    return repr(row)
-
-
-def _row(data: Any, where: str) -> LanguageRow:
-    check_value(where, dict, data)
-    try:
-        check_keys(data, known=_FIELDS, required=_FIELDS)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return LanguageRow(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

@@ -13,6 +13,7 @@ from moe.losses import pointer_loss
 from moe.probes.language.training import training_batch
 from moe.train.data import Windows
 from moe.train.settings import RunConfig
+from moe.train.task import share_of
 
 
 class LearnLanguages:
@@ -46,18 +47,11 @@ class LearnLanguages:
         ids, places, targets, is_answer, pointers, totals = batch
         hidden = model.hidden(ids, at=places)
         answers = model.cross_entropy(hidden.states, targets.where(is_answer, IGNORED))
-        answers = answers * share(is_answer, totals[0, 0], totals)
+        answers = answers * share_of(is_answer, totals[0, 0], totals[0, 2])
         total = answers
         if self.language.pointer_loss:
             looked = hidden.attended
             found = pointer_loss(looked.queries, looked.keys, places, pointers)
-            total = total + self.language.pointer_loss * found * share(pointers >= 0, totals[0, 1], totals)
+            found = found * share_of(pointers >= 0, totals[0, 1], totals[0, 2])
+            total = total + self.language.pointer_loss * found
         return model.with_router_losses(answers, total, hidden, len(ids))
-
-
-def share(mine: Tensor, whole: Tensor, totals: Tensor) -> Tensor:
-    """What these documents have (b m) of a whole, over what as many documents of the batch have on average.
-
-    1 where these are all of it.
-    """
-    return totals[0, 2] * mine.sum() / (len(mine) * whole.clamp(min=1))

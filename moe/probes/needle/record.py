@@ -4,13 +4,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar
 
 from moe.json_files import read_json
 from moe.probes import statistics
 from moe.probes.needle.haystack import QUINTILES
 from moe.probes.needle.record_checks import check_keys, check_value, shorten
 from moe.train.files import write_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Row = TypeVar("Row", bound="DataclassInstance")
 
 
 class Tally(NamedTuple):
@@ -159,33 +164,44 @@ class NeedleRecord:
             FileNotFoundError: no such file.
             ValueError: not JSON, or no record: names the file and the key that is wrong.
         """
-        data = read_json(path)
-        try:
-            check_keys(data, known=("environment", "rows"), required=("environment", "rows"))
-            check_value("environment", dict, data["environment"])
-            if not isinstance(data["rows"], list):
-                raise ValueError(f"rows={shorten(data['rows'])} must be a list.")
-            rows = tuple(_row(cls.row_type(), row, f"rows[{i}]") for i, row in enumerate(data["rows"]))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is not a record of a needle evaluation: {error} Evaluate again."
-            ) from None
-        return cls(rows, data["environment"])
+        return cls(*read_record(path, cls.row_type(), "a needle evaluation"))
+
+
+def read_record(path: Path, row_type: type[Row], of: str) -> tuple[tuple[Row, ...], dict[str, Any]]:
+    """The rows and the environment of a JSON record of something, such as "a needle evaluation".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or no record: names the file and the key that is wrong.
+    """
+    data = read_json(path)
+    try:
+        check_keys(data, known=("environment", "rows"), required=("environment", "rows"))
+        check_value("environment", dict, data["environment"])
+        if not isinstance(data["rows"], list):
+            raise ValueError(f"rows={shorten(data['rows'])} must be a list.")
+        rows = tuple(_row(row_type, row, f"rows[{i}]") for i, row in enumerate(data["rows"]))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a record of {of}: {error} Evaluate again.") from None
+    return rows, data["environment"]
 
 
 def merge(records: Sequence[NeedleRecord]) -> NeedleRecord:
-    """One record with the rows of all, in order, of the first one's kind; a row that several hold stays once.
-
-    What all environments agree on stays; where they differ, a list of all different values.
-    """
+    """One record with the rows of all, in order, of the first one's kind; a row of several stays once."""
     rows: list[NeedleRow] = []
-    environment: dict[str, list[Any]] = {}
     for record in records:
         rows += [row for row in record.rows if row not in rows]
-        for key, value in record.environment.items():
-            environment.setdefault(key, []).append(value)
     kind = type(records[0]) if records else NeedleRecord
-    return kind(tuple(rows), {key: _common(values) for key, values in environment.items()})
+    return kind(tuple(rows), merge_environments(record.environment for record in records))
+
+
+def merge_environments(environments: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What all agree on stays; where they differ, a list of all different values."""
+    found: dict[str, list[Any]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            found.setdefault(key, []).append(value)
+    return {key: _common(values) for key, values in found.items()}
 
 
 def ask_once(rows: Iterable[NeedleRow]) -> list[NeedleRow]:
@@ -214,7 +230,7 @@ def tally_by_depth(rows: Iterable[NeedleRow], parts: int) -> list[Tally]:
 _TEXT: dict[str, type] = TextFacts.__annotations__
 
 
-def _row(kind: type[NeedleRow], data: Any, where: str) -> NeedleRow:
+def _row(kind: type[Row], data: Any, where: str) -> Row:
     check_value(where, dict, data)
     known = {field.name: field for field in fields(kind)}
     required = [name for name, field in known.items() if field.default is MISSING]

@@ -16,6 +16,7 @@ from moe.probes.needle.training import training_batch
 from moe.train.corpus import find_corpus
 from moe.train.data import Windows
 from moe.train.settings import RunConfig
+from moe.train.task import share_of
 
 
 class FindNeedles:
@@ -62,7 +63,9 @@ class FindNeedles:
             model.cross_entropy(hidden.states, targets.where(chosen, IGNORED))
             for chosen in (is_answer, ~is_answer)
         )
-        of_answers, of_others = shares(is_answer, totals)
+        all_answers, sequences = totals[0]
+        of_answers = share_of(is_answer, all_answers, sequences)
+        of_others = share_of(~is_answer, sequences * is_answer.shape[1] - all_answers, sequences)
         answers, others = answers * of_answers, others * of_others
         total = answers + self.needle.text_loss * others
         if self.needle.pointer_loss:
@@ -70,17 +73,3 @@ class FindNeedles:
             found = pointer_loss(looked.queries, looked.keys, places, pointers) * of_answers
             total = total + self.needle.pointer_loss * found
         return model.with_router_losses(answers, total, hidden, len(ids))
-
-
-def shares(is_answer: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-    """The answers, and the other places, of these sequences (b m) over those that as many sequences have on
-    average in the whole batch: 1 where these are all of it.
-    """
-    answers, sequences = totals[0]
-    mine, places = is_answer.sum(), is_answer.numel()
-    others = sequences * is_answer.shape[1] - answers
-    of_answers, of_others = (
-        sequences * part / (len(is_answer) * whole.clamp(min=1))
-        for part, whole in ((mine, answers), (places - mine, others))
-    )
-    return of_answers, of_others

@@ -14,6 +14,7 @@ from moe.probes.senses.bank import build_bank
 from moe.probes.senses.training import ANSWER, READING, TEXT, senses_batch
 from moe.train.data import Windows
 from moe.train.settings import RunConfig
+from moe.train.task import share_of
 
 KINDS = (ANSWER, TEXT, READING)
 
@@ -74,8 +75,3 @@ class FindSenses:
             of_answers = share_of(kinds == ANSWER, totals[0, ANSWER], totals[0, -1])
             total = total + self.senses.pointer_loss * found * of_answers
         return model.with_router_losses(answers, total, hidden, len(ids))
-
-
-def share_of(chosen: Tensor, whole: Tensor, sequences: Tensor) -> Tensor:
-    """The places chosen (b m) in these sequences over those that as many have, on average, in the batch."""
-    return sequences * chosen.sum() / (len(chosen) * whole.clamp(min=1))
