@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moe.cli_runs import can_draw, show_lines
 
 if TYPE_CHECKING:
     from moe.decoder import Decoder
@@ -94,12 +95,10 @@ def run_experts(arguments: argparse.Namespace, show: Show) -> int:
     record.save(target)
     _print(record, show)
     show(f"written: {target}")
-    if find_spec("matplotlib") is None:
-        show("no figure: matplotlib is missing. pip install '.[train]' in a clone of the repository adds it.")
-        return 0
-    from moe.report.specialisation import draw_specialisation
+    if can_draw(show):
+        from moe.report.specialisation import draw_specialisation
 
-    show(f"figure: {draw_specialisation(record, target.with_suffix('.png'))}")
+        show(f"figure: {draw_specialisation(record, target.with_suffix('.png'))}")
     return 0
 
 
@@ -200,12 +199,5 @@ def _print(record: "SpecialisationRecord", show: Show) -> None:
     from moe.probes.specialisation.record import information_table, shares_table, verdict
 
     found = record.found
-    for line in [
-        "",
-        *information_table(found, record.untrained),
-        "",
-        *shares_table(found),
-        "",
-        verdict(found, record.untrained),
-    ]:
-        show(line)
+    table, shares = information_table(found, record.untrained), shares_table(found)
+    show_lines(["", *table, "", *shares, "", verdict(found, record.untrained)], show)

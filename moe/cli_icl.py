@@ -5,18 +5,17 @@ and files are written when all is.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.cli_needle_arguments import DTYPES, length_of
 from moe.cli_progress import Watch
+from moe.cli_runs import can_draw, open_runs, show_lines
 
 if TYPE_CHECKING:
     from moe.probes.language.exam import Exam
     from moe.probes.language.record import LanguageRecord
-    from moe.train.runs import Run
 
 Show = Callable[[str], None]
 EXAMPLES = "0,1,2,4,8,16,32"
@@ -67,7 +66,11 @@ def run_evaluation(arguments: argparse.Namespace, show: Show) -> int:
     from moe.probes.needle.measured import measured_on
 
     exam, conditions = _exam(arguments), arguments.conditions or list(CONDITIONS)
-    runs, target = _open_runs(arguments, exam, conditions, check_run)
+    runs, target = open_runs(
+        arguments,
+        "icl_eval.json",
+        lambda run: check_run(run, exam, conditions, arguments.examples, arguments.filler),
+    )
     most = max(arguments.filler)
     rows = []
     for run in runs:
@@ -129,26 +132,6 @@ def sizes_of(text: str) -> list[int]:
     return [0 if part == "0" else length_of(part) for part in text.split(",")]
 
 
-def _open_runs(
-    arguments: argparse.Namespace, exam: "Exam", conditions: list[str], check: Callable[..., None]
-) -> "tuple[list[Run], Path]":
-    """All runs, each checked, and the file for what will be measured, also checked."""
-    from moe.probes.needle.measured import check_target
-    from moe.train.runs import open_run
-
-    runs = [
-        open_run(folder, checkpoint=arguments.checkpoint, device=arguments.device)
-        for folder in arguments.runs
-    ]
-    if len({run.name for run in runs}) < len(runs):
-        raise ValueError("two runs have the same name, and results tell runs by their names.")
-    target = arguments.json or arguments.runs[0] / "icl_eval.json"
-    check_target(target, ".json")
-    for run in runs:
-        check(run, exam, conditions, arguments.examples, arguments.filler)
-    return runs, target
-
-
 def _exam(arguments: argparse.Namespace) -> "Exam":
     import torch
 
@@ -162,21 +145,14 @@ def _exam(arguments: argparse.Namespace) -> "Exam":
 def _print(record: "LanguageRecord", show: Show) -> None:
     from moe.probes.language.table import language_table
 
-    _show_lines(["", *language_table(record)], show)
+    show_lines(["", *language_table(record)], show)
 
 
 def _draw(record: "LanguageRecord", path: Path, show: Show) -> None:
-    if find_spec("matplotlib") is None:
-        show("no figure: matplotlib is missing. pip install '.[train]' in a clone of the repository adds it.")
-        return
-    from moe.report.language import draw_languages
+    if can_draw(show):
+        from moe.report.language import draw_languages
 
-    show(f"figure: {draw_languages(record, path)}")
-
-
-def _show_lines(lines: Iterable[str], show: Show) -> None:
-    for line in lines:
-        show(line)
+        show(f"figure: {draw_languages(record, path)}")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

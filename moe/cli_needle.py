@@ -5,10 +5,8 @@ and files are written when all is.
 """
 
 import argparse
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ from moe.cli_needle_senses import (
     training_overrides,
 )
 from moe.cli_progress import Watch
+from moe.cli_runs import can_draw, open_runs, show_lines
 from moe.probes.needle.variants import overrides_of, slug
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def run_evaluation(arguments: argparse.Namespace, show: Show) -> int:
         return _run_senses(arguments, show)
     questions, lengths = _questions(arguments), arguments.length
     asked = [questions, replace(questions, shuffled=True)] if arguments.shuffled else [questions]
-    runs, target = _open_runs(arguments, lambda run: check_run(run, questions, lengths))
+    runs, target = open_runs(arguments, _file(arguments), lambda run: check_run(run, questions, lengths))
     rows: list[NeedleRow] = []
     for run in runs:
         for each in asked:
@@ -91,12 +90,12 @@ def _run_senses(arguments: argparse.Namespace, show: Show) -> int:
 
     questions, lengths = senses_questions(arguments), arguments.length
     asked = [questions, replace(questions, shuffled=True)] if arguments.shuffled else [questions]
-    runs, target = _open_runs(arguments, lambda run: check_senses(run, questions, lengths))
+    runs, target = open_runs(arguments, _file(arguments), lambda run: check_senses(run, questions, lengths))
     record, examples = measure_senses(runs, asked, lengths, show)
     record.save(target)
     print_senses(record, show)
     show(f"written: {target}")
-    if _can_draw(show):
+    if can_draw(show):
         draw_senses(record, examples, target.with_suffix(".png"), show)
     return 0
 
@@ -106,7 +105,7 @@ def run_code(arguments: argparse.Namespace, show: Show) -> int:
     from moe.probes.needle.evaluate_code import check_code, evaluate_code, find_package
 
     questions, package = _questions(arguments), find_package(arguments.package)
-    runs, target = _open_runs(arguments, lambda run: check_code(run, questions, package))
+    runs, target = open_runs(arguments, _file(arguments), lambda run: check_code(run, questions, package))
     rows: list[NeedleRow] = []
     for run in runs:
         watch = Watch(run.name, package.name, show=show)
@@ -119,7 +118,7 @@ def run_several(arguments: argparse.Namespace, show: Show) -> int:
     from moe.probes.needle.evaluate_several import check_several, evaluate_several, several_table
 
     questions, length = _questions(arguments), arguments.length
-    runs, target = _open_runs(arguments, lambda run: check_several(run, questions, length))
+    runs, target = open_runs(arguments, _file(arguments), lambda run: check_several(run, questions, length))
     results = []
     for run in runs:
         watch = Watch(run.name, length, show=show)
@@ -135,13 +134,15 @@ def run_positions(arguments: argparse.Namespace, show: Show) -> int:
     from moe.probes.needle.positions import check_positions, losses_by_context, positions_table
 
     questions, longest, spots = _questions(arguments), arguments.length, arguments.spots
-    runs, target = _open_runs(arguments, lambda run: check_positions(run, questions, longest, spots))
+    runs, target = open_runs(
+        arguments, _file(arguments), lambda run: check_positions(run, questions, longest, spots)
+    )
     results = []
     for run in runs:
         watch = Watch(run.name, longest, show=show)
         results.append(losses_by_context(run, questions, longest, spots=spots, progress=watch.spots))
     _save(results, positions_table(results), runs[0], target, show)
-    if _can_draw(show):
+    if can_draw(show):
         from moe.report.needle import draw_positions
 
         losses = {result.run: result.losses for result in results}
@@ -165,7 +166,7 @@ def run_table(arguments: argparse.Namespace, show: Show) -> int:
     record = merge(records)
     if isinstance(record, SensesRecord):
         print_senses(record, show)
-        if arguments.figure and _can_draw(show):
+        if arguments.figure and can_draw(show):
             draw_senses(record, (), arguments.figure, show)
     else:
         _print(record, show)
@@ -177,23 +178,8 @@ def run_table(arguments: argparse.Namespace, show: Show) -> int:
     return 0
 
 
-def _open_runs(arguments: argparse.Namespace, check: "Callable[[Run], None]") -> "tuple[list[Run], Path]":
-    """All runs, each checked, and the file for what will be measured, also checked."""
-    from moe.probes.needle.measured import check_target
-    from moe.train.runs import open_run
-
-    runs = [
-        open_run(folder, checkpoint=arguments.checkpoint, device=arguments.device)
-        for folder in arguments.runs
-    ]
-    (name, count), *_ = Counter(run.name for run in runs).most_common(1)
-    if count > 1:
-        raise ValueError(f"{count} runs are called {name!r}, and results tell runs by their names.")
-    target = arguments.json or arguments.runs[0] / f"needle_{arguments.action}.json"
-    check_target(target, ".json")
-    for run in runs:
-        check(run)
-    return runs, target
+def _file(arguments: argparse.Namespace) -> str:
+    return f"needle_{arguments.action}.json"
 
 
 def _questions(arguments: argparse.Namespace) -> "Questions":
@@ -226,7 +212,7 @@ def _save(results: Sequence[Any], table: list[str], run: "Run", target: Path, sh
     """Print the table of results that are no record, and write them."""
     from moe.probes.needle.measured import measured_on, save_results
 
-    _show_lines(["", *table], show)
+    show_lines(["", *table], show)
     save_results(target, results, measured_on(run.device))
     show(f"written: {target}")
 
@@ -234,27 +220,14 @@ def _save(results: Sequence[Any], table: list[str], run: "Run", target: Path, sh
 def _print(record: "NeedleRecord", show: Show) -> None:
     from moe.probes.needle.table import needle_table, verdicts
 
-    _show_lines(["", *needle_table(record), "", *verdicts(record)], show)
+    show_lines(["", *needle_table(record), "", *verdicts(record)], show)
 
 
 def _draw(record: "NeedleRecord", path: Path, show: Show) -> None:
-    if _can_draw(show):
+    if can_draw(show):
         from moe.report.needle import draw_needles
 
         show(f"figure: {draw_needles(record, path)}")
-
-
-def _can_draw(show: Show) -> bool:
-    """Whether there is matplotlib; says what to do where there is none."""
-    if find_spec("matplotlib") is None:
-        show("no figure: matplotlib is missing. pip install '.[train]' in a clone of the repository adds it.")
-        return False
-    return True
-
-
-def _show_lines(lines: Iterable[str], show: Show) -> None:
-    for line in lines:
-        show(line)
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace, Show], int]] = {

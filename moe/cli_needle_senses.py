@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.cli_progress import Watch
+from moe.cli_runs import show_lines
 
 if TYPE_CHECKING:
     from moe.probes.senses.evaluate import FoundNeedle
@@ -87,8 +88,7 @@ def print_senses(record: "SensesRecord", show: Show) -> None:
     """The table and the verdicts."""
     from moe.probes.senses.table import senses_table, senses_verdicts
 
-    for line in ["", *senses_table(record), "", *senses_verdicts(record)]:
-        show(line)
+    show_lines(["", *senses_table(record), "", *senses_verdicts(record)], show)
 
 
 def draw_senses(record: "SensesRecord", examples: "Sequence[FoundNeedle]", path: Path, show: Show) -> None:

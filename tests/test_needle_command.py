@@ -204,7 +204,7 @@ def test_records_become_one_table_record_and_figure(root, tmp_path, monkeypatch,
 
 def test_without_matplotlib_there_is_no_figure_and_no_error(root, tmp_path, monkeypatch, capsys):
     run = knowing(tmp_path, monkeypatch)
-    monkeypatch.setattr("moe.cli_needle.find_spec", lambda name: None)
+    monkeypatch.setattr("moe.cli_runs.find_spec", lambda name: None)
     assert needle("eval", run.folder, "--length", "16k", "--folder", root / "text", *FEW) == 0
     assert "matplotlib is missing" in capsys.readouterr().out
     assert [path.name for path in run.folder.iterdir()] == ["needle_eval.json"]
