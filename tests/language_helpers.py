@@ -16,8 +16,8 @@ from moe.train.overrides import change, find_preset
 from moe.train.runs import Run
 from moe.train.tokenizer import ByteTokenizer
 
-GRAMMAR = re.compile(rb"\n#(\w{3}) (AN|NA) (PN|NP) s([A-Z]+);")
-ENTRY = re.compile(rb"\n([a-z]{3})([A-Z]+);")
+GRAMMAR = re.compile(rb"\n!(\w{3}) (AN|NA) (PN|NP) s([A-Z]+) ;")
+ENTRY = re.compile(rb"\n([a-z]{3})([A-Z]+) ;")
 
 
 def parse(english: str) -> Sentence:
@@ -70,7 +70,7 @@ class Translator(Oracle):
             Known(words | {"s": some.decode()}), order.decode(), adjective == b"AN", plural == b"PN"
         )
         parts = language.translate(parse(english.decode()))
-        answer = " ".join(part.gloss + part.foreign for part in parts) + ";"
+        answer = "".join(f"{part.gloss}{part.foreign} " for part in parts) + ";"
         return ord(answer[len(written)]) if answer.encode().startswith(written) else ord("!")
 
 

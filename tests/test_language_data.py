@@ -39,6 +39,16 @@ def rng(seed: int = 0) -> np.random.Generator:
 # Languages
 
 
+def test_a_word_ends_in_the_book_as_it_does_in_a_sentence():
+    """Copying goes on past a word, and must not say whether the sentence ends there."""
+    language = Language(WORDS, "SVO", True, True)
+    pieces = book(rng(), language, has_grammar=True, entries=1.0)
+    written = {(word, piece.text[at:]) for piece in pieces for word, at in piece.words.items()}
+    assert written == {(word, f"{foreign} ;".encode()) for word, foreign in WORDS.items()}
+    answer = ask(language, SEE).answer
+    assert all(part.foreign.encode() + b" " in answer for part in language.translate(SEE))
+
+
 @pytest.mark.parametrize(
     ("order", "adjective_first", "plural_first", "expected"),
     [
@@ -50,7 +60,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 )
 def test_a_sentence_follows_the_rules_of_its_language(order, adjective_first, plural_first, expected):
     language = Language(WORDS, order, adjective_first, plural_first)
-    assert ask(language, SEE).answer.decode() == expected + ";"
+    assert ask(language, SEE).answer.decode() == expected + " ;"
     assert ask(language, SEE).query.decode() == "\n?Sbig Sdogs Vsee Ocat>"
 
 
@@ -140,7 +150,7 @@ def test_a_question_is_read_as_what_it_asks():
     for sentence in draw_sentences(rng(1), language, 50):
         one = ask(language, sentence)
         assert parse(one.query.decode()[2:-1]) == sentence
-        assert one.answer.decode() == " ".join(part.gloss + part.foreign for part in one.parts) + ";"
+        assert one.answer.decode() == " ".join(part.gloss + part.foreign for part in one.parts) + " ;"
 
 
 def test_pieces_are_laid_out_in_order_with_all_of_the_filler_between_them():
@@ -241,7 +251,7 @@ def test_exercises_are_words_and_phrases_and_become_fewer():
 def test_an_exercise_is_translated_as_a_part_of_a_sentence_is():
     language = Language(WORDS, "SVO", True, False)
     asked = [ask(language, item) for item in (DOGS, CAT, Word("see"))]
-    assert [one.answer for one in asked] == [b"SaBBB SnDDD SpPPP;", b"OnCCC;", b"VVV;"]
+    assert [one.answer for one in asked] == [b"SaBBB SnDDD SpPPP ;", b"OnCCC ;", b"VVV ;"]
     assert [one.query for one in asked] == [b"\n?Sbig Sdogs>", b"\n?Ocat>", b"\n?see>"]
 
 

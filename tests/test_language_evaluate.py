@@ -131,7 +131,8 @@ class Sloppy(Translator):
 
     def next(self, text: bytes, suffix: bytes) -> int:
         right = super().next(text, suffix)
-        return ord("?") if right and super().next(text, suffix + bytes([right])) == ord(";") else right
+        then = super().next(text, suffix + bytes([right]))
+        return ord("?") if then and super().next(text, suffix + bytes([right, then])) == ord(";") else right
 
 
 class Endless(Translator):

@@ -193,13 +193,14 @@ def language() -> RunConfig:
         ssmax_power=1.0,
         attention_init="copying",
         canon_set=("AC", "AB", "AC", "AB"),
+        moe_intermediate_size=64,
     )
     return replace(
         base,
         model=model,
         data=replace(base.data, sequence_length=2560),
         optim=replace(base.optim, weight_decay=0.02),
-        train=replace(base.train, steps=2600),
+        train=replace(base.train, steps=2800),
         needle=None,
         language=LanguageConfig(),
     )
@@ -208,13 +209,13 @@ def language() -> RunConfig:
 def omni() -> RunConfig:
     """Under twenty minutes on two CPU cores: one decoder for the needles of every sense and for languages.
 
-    The decoder of the preset `language` with embedders for every sense and wider experts; steps alternate
+    The decoder of the preset `language` with embedders for every sense; steps alternate
     between the two tasks. docs/multimodal.md and docs/in-context.md say what it finds.
     """
     base = language()
     return replace(
         base,
-        model=replace(base.model, modalities=ModalityConfig(), moe_intermediate_size=64),
+        model=replace(base.model, modalities=ModalityConfig()),
         data=replace(base.data, sequence_length=3072),
         train=replace(base.train, steps=3200),
         senses=SensesConfig(),

@@ -28,7 +28,7 @@ class LanguageConfig:
     exercises: float = 0.1  # of the sentences are single words, and twice as many are noun phrases
     exercise_ramp: float = 0.15  # of the steps: until then there are more, at first 0.4 and 0.4
     filler_share: float = 0.5  # of the batches have text between the pieces
-    most_filler: int = 1000  # bytes of it; from 20, log-uniformly
+    most_filler: int = 2000  # bytes of it; from 20, log-uniformly
     first_filler: int = 40  # the most at the beginning
     ramp: float = 0.6  # of the steps: until then the most filler grows to `most_filler`
     pointer_loss: float = 0.5  # weight of the attention on the byte to copy; 0 switches it off

@@ -1,11 +1,12 @@
 """Documents: the book of a language and parallel examples, in any order, with real text between them.
 
-    #SOV NA PN sKIB;        order; noun, adjective; plural word, noun; the plural word
-    dogVUR;                 an entry of the dictionary
-    ?Sbig Sdogs Vsee Ocat>SpKIB SnVUR SaWO OnFEMA VvTAS;    a sentence and its translation
+    !SOV NA PN sKIB ;       order; noun, adjective; plural word, noun; the plural word
+    dogVUR ;                an entry of the dictionary
+    ?Sbig Sdogs Vsee Ocat>SpKIB SnVUR SaWO OnFEMA VvTAS ;   a sentence and its translation
 
 Each piece begins with a new line. A translation begins right behind the last letter of its word, where a
-key that is shifted by one byte finds it.
+key that is shifted by one byte finds it. A word ends alike everywhere, in a space: were it the semicolon in
+the book, copying would end a sentence after any word.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe.probes.language.grammar import PLURAL, Item, Language, Part
 
-END = ";"
+WORD_END, END = " ", ";"
 
 
 class Piece(NamedTuple):
@@ -38,19 +39,19 @@ def grammar_line(language: Language) -> Piece:
     """The rules, with the plural word."""
     adjective = "AN" if language.adjective_first else "NA"
     plural = "PN" if language.plural_first else "NP"
-    head = f"\n#{language.order} {adjective} {plural} {PLURAL}"
-    return Piece(f"{head}{language.words[PLURAL]}{END}".encode(), {PLURAL: len(head)})
+    head = f"\n!{language.order} {adjective} {plural} {PLURAL}"
+    return Piece(f"{head}{language.words[PLURAL]}{WORD_END}{END}".encode(), {PLURAL: len(head)})
 
 
 def entry(language: Language, word: str) -> Piece:
     """A word and its translation."""
-    return Piece(f"\n{word}{language.words[word]}{END}".encode(), {word: len(word) + 1})
+    return Piece(f"\n{word}{language.words[word]}{WORD_END}{END}".encode(), {word: len(word) + 1})
 
 
 def ask(language: Language, what: Item) -> Answer:
     """A sentence, phrase or word, and what should be written after it."""
     parts = language.translate(what)
-    answer = " ".join(part.gloss + part.foreign for part in parts) + END
+    answer = "".join(part.gloss + part.foreign + WORD_END for part in parts) + END
     return Answer(f"\n?{what.english}>".encode(), answer.encode(), parts)
 
 

@@ -137,7 +137,8 @@ def _draw_row(
             at = laid.words.get(english)
             pointers += [-1] * len(gloss)
             pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
-            pointers.append(-1)  # the space or the end
+            pointers.append(-1)  # the space
+        pointers.append(-1)  # the end
     return _Row(laid.text, np.array(places), np.array(pointers))
 
 
