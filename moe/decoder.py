@@ -5,7 +5,6 @@ Modules are named as in Hugging Face's models.
 Axes: b batch, s sequence, t = b * s tokens, d model width, v vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, cast
@@ -29,10 +28,11 @@ from moe.checkpoint import (
 )
 from moe.cross_entropy import IGNORED, linear_cross_entropy
 from moe.decoder_config import DecoderConfig
+from moe.decoder_inputs import check_embeds, check_ids, check_mask, words
+from moe.decoder_loss import DecoderLoss, add_router_losses
 from moe.feed_forward import Projection
 from moe.generate import Options, generate
 from moe.kv_cache import KVCache
-from moe.losses import load_balancing_loss, router_z_loss
 from moe.modality_embedder import check_modality_inputs
 from moe.ops.choose import Backend
 from moe.places import At, check_places
@@ -58,21 +58,6 @@ class DecoderOutput:
 
     logits: Tensor
     hidden: Tensor
-    routings: tuple[Routing, ...]
-    plans: tuple[RoutingPlan, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DecoderLoss:
-    """Scalars in nats per token. `balance` and `z` are before their coefficients, and 0 when those are 0.
-
-    total = cross_entropy + router_aux_loss_coef * balance + router_z_loss_coef * z
-    """
-
-    total: Tensor
-    cross_entropy: Tensor
-    balance: Tensor
-    z: Tensor
     routings: tuple[Routing, ...]
     plans: tuple[RoutingPlan, ...]
 
@@ -183,7 +168,7 @@ class Decoder(nn.Module):
         """
         inputs = self._inputs(ids, inputs_embeds)
         shape = (inputs.shape[0], inputs.shape[1])
-        _check_mask(mask, shape)
+        check_mask(mask, shape)
         check_places(at, shape)
         if isinstance(at, Tensor) and cache is not None:
             raise ValueError("at: with a cache, give a number of last places, not a tensor of them.")
@@ -198,12 +183,8 @@ class Decoder(nn.Module):
         if ids is not None:
             check_ids(ids, self.config.vocab_size)
             return ids
-        x, width = cast("Tensor", inputs_embeds), self.config.hidden_size
-        if x.dim() != 3 or x.shape[2] != width or not x.is_floating_point():
-            raise ValueError(
-                f"inputs_embeds must be floating-point (b s d) with d={width}, got {_shape(x)} of {x.dtype}. "
-                f"Decoder.embed makes them."
-            )
+        x = cast("Tensor", inputs_embeds)
+        check_embeds(x, self.config.hidden_size)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -235,8 +216,8 @@ class Decoder(nn.Module):
         inputs = self._inputs(ids, inputs_embeds)
         shape = (inputs.shape[0], inputs.shape[1])
         if targets.shape != shape:
-            raise ValueError(f"targets {_shape(targets)} must have the shape of ids {_words(shape)}.")
-        _check_mask(mask, shape)
+            raise ValueError(f"targets {words(targets.shape)} must have the shape of ids {words(shape)}.")
+        check_mask(mask, shape)
         targets = targets if mask is None else targets.where(mask, IGNORED)
         check_ids(targets.where(targets != IGNORED, 0), self.config.vocab_size, "target")
         hidden = self.hidden(ids, inputs_embeds=inputs_embeds, mask=mask)
@@ -256,26 +237,7 @@ class Decoder(nn.Module):
         self, cross_entropy: Tensor, objective: Tensor, hidden: Hidden, sequences: int
     ) -> DecoderLoss:
         """The losses of a batch whose objective, without those of the routers, is `objective`."""
-        balance, z = self._router_losses(hidden.routings, sequences, cross_entropy)
-        config = self.config
-        total = objective + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
-        return DecoderLoss(total, cross_entropy, balance, z, hidden.routings, hidden.plans)
-
-    def _router_losses(
-        self, routings: Sequence[Routing], sequences: int, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        balance = z = torch.zeros_like(like)
-        if routings and self.config.router_aux_loss_coef:
-            granularity = self.config.router_aux_loss_granularity
-            balance = load_balancing_loss(
-                routings,
-                convention=self.config.router_aux_loss_convention,
-                granularity=granularity,
-                sequences=sequences if granularity == "sequence" else None,
-            )
-        if routings and self.config.router_z_loss_coef:
-            z = torch.stack([router_z_loss(routing) for routing in routings]).mean()
-        return balance, z
+        return add_router_losses(self.config, cross_entropy, objective, hidden, sequences)
 
     def generate(self, ids: Prompt, **options: Unpack[Options]) -> Tensor:
         """Prompt and continuation, (b s + new tokens); see `moe.generate.generate`."""
@@ -341,37 +303,3 @@ class Decoder(nn.Module):
             tensors = {name: reader.load(tensor).to(device or "cpu") for name, tensor in stored.items()}
         decoder.load_state_dict(tensors, assign=True)
         return decoder.to(dtype).eval() if dtype else decoder.eval()
-
-
-def check_ids(ids: Tensor, vocab_size: int, what: str = "id") -> None:
-    """Refuse what is no int64 tensor (b s) of ids in the vocabulary.
-
-    Raises:
-        ValueError: says which; inside torch.compile values are not looked at.
-    """
-    if ids.dim() != 2 or ids.dtype != torch.int64:
-        raise ValueError(f"{what}s must be an int64 tensor (b s), got {_shape(ids)} of {ids.dtype}.")
-    if torch.compiler.is_compiling() or ids.is_meta or not ids.numel():
-        return
-    for value in torch.stack(torch.aminmax(ids)).tolist():
-        if not 0 <= value < vocab_size:
-            raise ValueError(
-                f"{what} {value} is outside the vocabulary: ids go from 0 to {vocab_size - 1}. "
-                f"Use the tokenizer that the model was trained with."
-            )
-
-
-def _check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
-    if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be bool with the shape of ids {_words(shape)}, True at real tokens; "
-            f"got {_shape(mask)} of {mask.dtype}."
-        )
-
-
-def _shape(tensor: Tensor) -> str:
-    return _words(tensor.shape)
-
-
-def _words(shape: Sequence[int]) -> str:
-    return f"({' '.join(map(str, shape))})"

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.decoder import NEEDS_MODALITIES, Decoder, check_ids
+from moe.decoder import NEEDS_MODALITIES, Decoder
 from moe.decoder_config import DecoderConfig
+from moe.decoder_inputs import check_ids
 from moe.generate import evaluating
 from moe.kv_cache import KVCache
 from moe.modality_sequence import Interleaved

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.decoder import DecoderLoss
 from moe.decoder_config import DecoderConfig
+from moe.decoder_loss import DecoderLoss
 from moe.losses import max_violation, uniform_value
 
 _NEVER = torch.iinfo(torch.int64).max

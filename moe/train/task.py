@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.decoder import Decoder, DecoderLoss
+from moe.decoder import Decoder
+from moe.decoder_loss import DecoderLoss
 from moe.train.data import Windows, train_batch
 from moe.train.settings import TASKS, RunConfig
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.cross_entropy import IGNORED
-from moe.decoder import Decoder, DecoderLoss
+from moe.decoder import Decoder
+from moe.decoder_loss import DecoderLoss
 from moe.losses import pointer_loss
 from moe.probes.language.training import training_batch
 from moe.train.data import Windows

@@ -28,7 +28,7 @@ SENSES_VARIANTS: dict[str, tuple[str, ...]] = {
     "no reading loss": ("senses.reading_loss=0.0",),
     "short sequences alone": ("senses.short_fraction=1.0",),
     "random init": ("model.attention_init=normal",),
-    "32 experts": ("model.num_experts=32",),
+    "48 experts": ("model.num_experts=48",),
 }
 """The same of the preset `senses`."""
 

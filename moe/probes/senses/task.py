@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.cross_entropy import IGNORED
-from moe.decoder import Decoder, DecoderLoss
+from moe.decoder import Decoder
+from moe.decoder_loss import DecoderLoss
 from moe.losses import pointer_loss
 from moe.probes.senses.bank import build_bank
 from moe.probes.senses.training import ANSWER, READING, TEXT, senses_batch
