@@ -217,7 +217,7 @@ def omni() -> RunConfig:
         base,
         model=replace(base.model, modalities=ModalityConfig()),
         data=replace(base.data, sequence_length=3072),
-        train=replace(base.train, steps=3200),
+        train=replace(base.train, steps=4400),
         senses=SensesConfig(),
     )
 

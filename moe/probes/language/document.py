@@ -21,7 +21,9 @@ WORD_END, END = " ", ";"
 
 
 class Piece(NamedTuple):
-    """Bytes of a document, and where foreign words begin in them, by their English word."""
+    """Bytes of a document, and where foreign words begin in them, by their English word; and, in a grammar
+    line, where the letter of each role stands.
+    """
 
     text: bytes
     words: dict[str, int] = {}  # noqa: RUF012 - never changed
@@ -40,7 +42,8 @@ def grammar_line(language: Language) -> Piece:
     adjective = "AN" if language.adjective_first else "NA"
     plural = "PN" if language.plural_first else "NP"
     head = f"\n!{language.order} {adjective} {plural} {PLURAL}"
-    return Piece(f"{head}{language.words[PLURAL]}{WORD_END}{END}".encode(), {PLURAL: len(head)})
+    places = {role: 2 + i for i, role in enumerate(language.order)} | {PLURAL: len(head)}
+    return Piece(f"{head}{language.words[PLURAL]}{WORD_END}{END}".encode(), places)
 
 
 def entry(language: Language, word: str) -> Piece:
@@ -70,7 +73,7 @@ class Laid:
     """Pieces laid out, filler between them.
 
     starts  of each piece
-    words   where each foreign word of the book begins
+    words   where each foreign word of the book begins, and where each role is named
     """
 
     text: bytes
