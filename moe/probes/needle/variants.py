@@ -19,7 +19,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.no_rope_layers=[1, 0]",
         'model.canon_set=["AC", "AB"]',
     ),
-    "code": ('needle.templates=["key_value", "sentence", "definition"]', "model.sliding_window=64"),
+    "code": (
+        'needle.templates=["key_value", "sentence", "definition"]',
+        "needle.text_sequences=0.0",
+        "model.sliding_window=64",
+        "model.ssmax_power=1.0",
+    ),
 }
 """The name of each variant and its overrides; `code` adds a template instead of taking something away."""
 
