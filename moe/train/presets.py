@@ -102,7 +102,7 @@ def gpu_small() -> RunConfig:
 
 
 def needle() -> RunConfig:
-    """Six minutes on two CPU cores: 8 experts, 2 for each byte, that find needles in a million bytes.
+    """Under five minutes on two CPU cores: 8 experts, 2 for each byte, that find needles in a million bytes.
 
     Two sliding layers and, last, a full one without positions, with logits that grow with the squared
     logarithm of the number of keys; it begins as an induction head. docs/long-context.md says what each of
@@ -178,7 +178,7 @@ def senses() -> RunConfig:
 
 
 def language() -> RunConfig:
-    """Eight minutes on two CPU cores: 8 experts, 2 for each byte, that translate by a book in the context.
+    """Under eight minutes on two CPU cores: 8 experts, 2 a byte, that translate by a book in the context.
 
     Two full layers without positions, each after a sliding one; they begin as induction heads, the sliding
     ones as copies of what they see. docs/in-context.md says what each of these is worth.

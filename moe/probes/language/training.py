@@ -135,7 +135,7 @@ def _draw_row(
         places += range(place, place + len(one.answer))
         for gloss, english, foreign in one.parts:
             at = laid.words.get(english)
-            pointers += [laid.words.get(gloss[0], -1), -1] if gloss else []
+            pointers += [laid.words.get(gloss[0], -1), -1] if gloss else []  # the role is in the grammar line
             pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
             pointers.append(-1)  # the space
         pointers.append(-1)  # the end

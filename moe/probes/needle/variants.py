@@ -26,7 +26,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.ssmax_power=1.0",
     ),
 }
-"""The name of each variant and its overrides; `code` adds a template instead of taking something away."""
+"""The name of each variant and its overrides; `code` asks another question: a template
+more, and the settings that find most paths."""
 
 SENSES_VARIANTS: dict[str, tuple[str, ...]] = {
     "no pointer loss": ("senses.pointer_loss=0.0",),
