@@ -69,7 +69,7 @@ def in_parts(
         return out.zero_(), lse.fill_(float("-inf"))
     keys, values = keys[:, :, :seen], values[:, :, :seen]
     if b > 1 and keys.stride(0) == values.stride(0) == 0:  # expanded: one cache
-        keys, values = keys[:1], values[:1]
+        keys, values = keys[0][None], values[0][None]  # a stride of 0 would keep the accelerator away
     queries = queries.to(keys.dtype)
     first = None if first is None or first >= seen - 1 else first
     heads = keys.shape[0] * keys.shape[1]
