@@ -34,6 +34,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
         file.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
     else:
         file.add_marker(pytest.mark.gpu)
+        # The first product of a backward pass runs in a thread of autograd's, which torch itself sets up.
+        file.add_marker(pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"))
     return file
 
 

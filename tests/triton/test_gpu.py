@@ -35,7 +35,8 @@ def layer_of(name: str) -> MoE:
 def training_step(layer: MoE, x: Tensor, upstream: Tensor) -> list[Tensor]:
     """Router, plan and experts, there and back: y, then the gradients of x and of every parameter."""
     y = layer(x).y
-    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], upstream)]
+    grads = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+    return [y.detach(), *grads]  # no graph stays: its nodes would remember the stream that made them
 
 
 def inputs(tokens: int = 333, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE
 
 import moe_triton
 from moe import streamed_attention as module
@@ -12,9 +13,11 @@ from moe.streamed_attention import streamed_attention
 @pytest.mark.parametrize("rows", [1, 2], ids=["shared", "each its own"])
 def test_the_kernel_is_taken_and_agrees(first, rows, monkeypatch):
     torch.manual_seed(0)
-    queries = torch.randn(2, 4, 3, 16)
-    keys, values = torch.randn(rows, 2, 7, 16), torch.randn(rows, 2, 7, 16)
-    truth = streamed_attention(queries, keys, values, scale=0.3, first=first)
+    queries = torch.randn(2, 4, 3, 16, device=DEVICE)
+    keys, values = torch.randn(2, rows, 2, 7, 16, device=DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "triton_obstacle", lambda device: "torch is asked")
+        truth = streamed_attention(queries, keys, values, scale=0.3, first=first)
     calls = []
     kernel = moe_triton.attention_over_cache
     monkeypatch.setattr(module, "triton_obstacle", lambda device: None)
