@@ -85,6 +85,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     attributes = {(index,): [list(pair) for pair in known] for index, known in launch.attributes}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    if launch.maxnreg is not None:
+        options["maxnreg"] = launch.maxnreg
     return triton.compile(source, target=gpu_target(target), options=options)
 
 

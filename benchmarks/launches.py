@@ -56,6 +56,7 @@ class Launch:
     attributes: tuple[tuple[int, tuple[Attribute, ...]], ...]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -69,6 +70,7 @@ class Launch:
             self.attributes,
             self.num_warps,
             self.num_stages,
+            self.maxnreg,
         )
 
 

@@ -42,6 +42,7 @@ class Config:
     programs         that a multiprocessor holds at once, by registers and shared memory: the schedule counts
                      on it, a persistent grid has so many, and benchmarks.compiled checks it
     splits           parts into which the summed axis is cut, added up later in a fixed order (few tiles only)
+    registers        the most of a thread, so that a multiprocessor holds more programs; 0: the compiler's choice
     """
 
     rows: int
@@ -55,18 +56,27 @@ class Config:
     swap: bool = False
     programs: int = 1
     splits: int = 1
+    registers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rows", "outs", "ins", "num_warps", "num_stages", "group", "programs", "splits"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
+        if not isinstance(self.registers, int) or self.registers < 0:
+            raise ValueError(f"registers={self.registers!r} must be a positive integer, or 0 for no limit.")
         for name in ("rows", "outs", "ins"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(
                     f"{name}={value} must be a power of two, at least 16: the least that tl.dot takes."
                 )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def whole(self) -> "Config":
         """The same schedule without splits."""

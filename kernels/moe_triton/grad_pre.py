@@ -166,8 +166,5 @@ def grad_pre(
         **plan.tile_arguments(config),
     }
     tiles = plan.tile_bound(config.rows) * out_tiles
-    launch(
-        grad_pre_kernel, (tiles,), arguments,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    launch(grad_pre_kernel, (tiles,), arguments, **config.options)
     return grad_of_pre, hidden, parts

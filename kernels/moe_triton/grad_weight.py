@@ -45,11 +45,11 @@ def load_rows(
 
 @triton.jit
 def grad_weight_kernel(
-    a_ptr, a_tma, b_ptr, b_tma, out_ptr, pair_of_row_ptr, offsets_ptr, O, I, OUT_TILES, IN_TILES,
+    a_ptr, a_tma, b_ptr, b_tma, out_ptr, out_tma, pair_of_row_ptr, offsets_ptr, O, I, OUT_TILES, IN_TILES,
     a_stride, b_stride, out_stride_e, out_stride_o, out_stride_i,
     TOP_K: tl.constexpr, A_GATHER: tl.constexpr, B_GATHER: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_O: tl.constexpr, EVEN_I: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr,
+    EVEN_O: tl.constexpr, EVEN_I: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Tiles run over the experts in order; inside an expert GROUP output tiles run side by side."""
@@ -83,17 +83,21 @@ def grad_weight_kernel(
             TOP_K, B_GATHER, B_TMA, False, EVEN_I, ROWS, INS,
         )  # fmt: skip
         acc = dot(a.T, b, acc, PRECISION)
-    outs, ins = out + tl.arange(0, OUTS).to(tl.int64), column + tl.arange(0, INS).to(tl.int64)
-    to = (
-        out_ptr
-        + expert.to(tl.int64) * out_stride_e
-        + outs[:, None] * out_stride_o
-        + ins[None, :] * out_stride_i
-    )
-    is_inside = (outs < O)[:, None] & (ins < I)[None, :]
-    if ACCUMULATE:
-        acc += tl.load(to, mask=is_inside, other=0.0).to(tl.float32)
-    tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=is_inside)
+    result = acc.to(out_ptr.dtype.element_ty)
+    if OUT_TMA:
+        out_tma.store([expert, out, column], result.reshape(1, OUTS, INS))
+    else:
+        outs, ins = out + tl.arange(0, OUTS).to(tl.int64), column + tl.arange(0, INS).to(tl.int64)
+        to = (
+            out_ptr
+            + expert.to(tl.int64) * out_stride_e
+            + outs[:, None] * out_stride_o
+            + ins[None, :] * out_stride_i
+        )
+        is_inside = (outs < O)[:, None] & (ins < I)[None, :]
+        if ACCUMULATE:
+            result = (acc + tl.load(to, mask=is_inside, other=0.0).to(tl.float32)).to(result.dtype)
+        tl.store(to, result, mask=is_inside)
 
 
 def grad_weight(
@@ -117,12 +121,16 @@ def grad_weight(
     out_tiles, in_tiles = ceil_div(outputs, config.outs), ceil_div(inputs, config.ins)
     a_tma, a_operand = _operand(a, config.rows, config.outs, config, gathered=gather_a)
     b_tma, b_operand = _operand(b, config.rows, config.ins, config, gathered=gather_b)
+    out_tma = config.tma and not accumulate and has_descriptors(out.device) and can_describe(out)
     arguments = {
         "a_ptr": a,
         "a_tma": a_operand,
         "b_ptr": b,
         "b_tma": b_operand,
         "out_ptr": out,
+        "out_tma": TensorDescriptor(out, list(out.shape), list(out.stride()), [1, config.outs, config.ins])
+        if out_tma
+        else out,
         "pair_of_row_ptr": plan.pair_of_row,
         "offsets_ptr": plan.offsets,
         "O": outputs,
@@ -139,6 +147,7 @@ def grad_weight(
         "B_GATHER": gather_b,
         "A_TMA": a_tma,
         "B_TMA": b_tma,
+        "OUT_TMA": out_tma,
         "EVEN_O": outputs % config.outs == 0,
         "EVEN_I": inputs % config.ins == 0,
         "ACCUMULATE": accumulate,
@@ -151,10 +160,7 @@ def grad_weight(
     tiles = num_experts * out_tiles * in_tiles
     # Two of the stages go to the index of what is gathered; without them the operands' tiles would fill them.
     stages = config.num_stages if gather_a or gather_b else max(2, config.num_stages - 2)
-    launch(
-        grad_weight_kernel, (tiles,), arguments,
-        num_warps=config.num_warps, num_stages=stages,
-    )  # fmt: skip
+    launch(grad_weight_kernel, (tiles,), arguments, **config.options | {"num_stages": stages})
 
 
 def _operand(rows: Tensor, height: int, width: int, config: Config, *, gathered: bool):

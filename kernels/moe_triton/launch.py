@@ -66,13 +66,14 @@ def launch(
     *,
     num_warps: int = 4,
     num_stages: int = 3,
+    **options: int,
 ) -> None:
     """Run a kernel over a grid with its arguments by name; an empty grid is no launch.
 
     The launch goes to the device of the first tensor, on torch's current stream.
     """
     if 0 not in grid:
-        run(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages)
+        run(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages, **options)
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:

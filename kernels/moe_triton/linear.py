@@ -112,8 +112,5 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, config
         **plan.tile_arguments(config),
     }
     tiles = plan.tile_bound(config.rows) * out_tiles
-    launch(
-        linear_kernel, (programs(config, tiles, rows.device), splits), arguments,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    launch(linear_kernel, (programs(config, tiles, rows.device), splits), arguments, **config.options)
     return y

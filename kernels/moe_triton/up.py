@@ -172,8 +172,5 @@ def up(
         **plan.tile_arguments(config),
     }
     tiles = plan.tile_bound(config.rows) * out_tiles
-    launch(
-        up_kernel, (tiles,), arguments,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    launch(up_kernel, (tiles,), arguments, **config.options)
     return hidden, pre
