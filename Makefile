@@ -89,7 +89,7 @@ bench-gpu-needle: ## needles in 1 and 10 million tokens on a CUDA device; RUN=fo
 
 bench-gpu-senses: ## needles of every sense in 1 and 10 million tokens on a CUDA device, to SENSES=folder; installs nothing
 	$(GPU_PYTHON) -m moe needle train --modalities $(MODALITIES) --device cuda --out $(SENSES) \
-		train.batch_size=8 train.steps=2000 train.checkpoint_every=500
+		train.batch_size=8 train.precision=float32 train.steps=2000 train.checkpoint_every=500
 	$(GPU_PYTHON) -m moe needle eval $(SENSES) --modalities $(MODALITIES) --device cuda --length 1M,10M \
 		$(if $(TEXT),--folder $(TEXT))
 
