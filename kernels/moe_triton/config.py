@@ -42,7 +42,7 @@ class Config:
     programs         that a multiprocessor holds at once, by registers and shared memory: the schedule counts
                      on it, a persistent grid has so many, and benchmarks.compiled checks it
     splits           parts into which the summed axis is cut, added up later in a fixed order (few tiles only)
-    registers        the most of a thread, so that a multiprocessor holds more programs; 0: the compiler's choice
+    registers        the most of a thread, so that more programs fit; 0: as the compiler chooses
     """
 
     rows: int

@@ -20,7 +20,6 @@ from .launch import ceil_div, launch, target_of
 from .settings import Settings
 from .tiles import (
     Plan,
-    count_tiles,
     find_tile,
     load_columns,
     load_weight,
@@ -75,24 +74,22 @@ def finish_columns(
 @triton.jit(do_not_specialize=["P"])
 def grad_pre_kernel(
     grad_ptr, w, pre_ptr, weights_ptr, pair_of_row_ptr, grad_pre_ptr, hidden_ptr, parts_ptr,
-    offsets_ptr, tile_start_ptr, tile_expert_ptr, E, P, D, H, OUT_TILES,
+    offsets_ptr, tiles_ptr, E, P, D, H, OUT_TILES,
     grad_stride, w_stride_e, w_stride_o, w_stride_i, limit, alpha,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, SCALE: tl.constexpr,
     TMA: tl.constexpr, IN_FIRST: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-    GROUP: tl.constexpr, EXPERTS: tl.constexpr,
+    GROUP: tl.constexpr, RECORD: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """w is W_down as (e h d); parts (OUT_TILES p) are the gradients of s, one part for each tile of h.
 
     The tile is finished a quarter of its columns at a time: pre, hidden and their gradients of a whole tile
     would need six times the registers of the accumulator.
     """
-    total = count_tiles(offsets_ptr, tile_start_ptr, E, OUT_TILES, ROWS, EXPERTS)
-    tile = tl.program_id(0)
-    if tile < total:
-        expert, row, end, out_tile = find_tile(
-            tile, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, OUT_TILES, ROWS, GROUP, EXPERTS
-        )
+    expert, row, end, out_tile = find_tile(
+        tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, RECORD, EXPERTS
+    )
+    if expert < E:
         rows = row + tl.arange(0, ROWS)
         pairs = tl.load(pair_of_row_ptr + tl.minimum(rows, end - 1)).to(tl.int32)
         grad_rows = grad_ptr + (pairs // TOP_K).to(tl.int64)[:, None] * grad_stride

@@ -23,15 +23,20 @@ from .config import Config
 from .launch import INTERPRETED, launch, power_of_2, target_of
 
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the raw bits of bf16
+RECORD = 8  # numbers of a tile's record in the map, of which five are used: 32 bytes, the least that is read
 SEARCHED_PAIRS = 1024  # up to here a program finds its expert by itself, which saves the launch of the map
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BOUND"])
 def tile_map_kernel(
-    offsets_ptr, tile_start_ptr, tile_expert_ptr,  # (e+1), (e+1), (bound)
-    E, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    offsets_ptr, tiles_ptr,  # (e+1), (1 + bound, RECORD)
+    E, BOUND, ROWS: tl.constexpr, RECORD: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i: tile_start[i], the tiles of all earlier experts, and tile_expert[each of its own] = i."""
+    """Program i writes what each tile of expert i needs to know, so that it waits for one reading only.
+
+    Record 0: number of tiles. Record 1 + tile: expert, its first tile, its tiles, its first row, its end.
+    Spare tiles, which program e writes, have expert e.
+    """
     i = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     is_expert = experts < E
@@ -39,21 +44,31 @@ def tile_map_kernel(
     ends = tl.load(offsets_ptr + experts + 1, mask=is_expert, other=0)
     tiles = (ends - starts + ROWS - 1).to(tl.int32) // ROWS
     first = tl.sum(tl.where(experts < i, tiles, 0))
-    last = first + tl.sum(tl.where(experts == i, tiles, 0))
-    tl.store(tile_start_ptr + i, first)
-    for start in range(first, last, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        tl.store(tile_expert_ptr + tile, tl.full((BLOCK,), i, tl.int32), mask=tile < last)
+    own = tl.sum(tl.where(experts == i, tiles, 0))
+    last = first + own
+    if i == E:
+        tl.store(tiles_ptr, first)
+        last = BOUND
+    start = tl.load(offsets_ptr + i).to(tl.int32)
+    end = tl.load(offsets_ptr + tl.minimum(i + 1, E)).to(tl.int32)
+    for at in range(first, last, BLOCK):
+        tile = at + tl.arange(0, BLOCK)
+        record = tiles_ptr + (1 + tile) * RECORD
+        tl.store(record, tl.full((BLOCK,), i, tl.int32), mask=tile < last)
+        tl.store(record + 1, tl.full((BLOCK,), first, tl.int32), mask=tile < last)
+        tl.store(record + 2, tl.full((BLOCK,), own, tl.int32), mask=tile < last)
+        tl.store(record + 3, tl.full((BLOCK,), start, tl.int32), mask=tile < last)
+        tl.store(record + 4, tl.full((BLOCK,), end, tl.int32), mask=tile < last)
 
 
 @triton.jit
 def count_tiles(
-    offsets_ptr, tile_start_ptr, E, OUT_TILES,
+    offsets_ptr, tiles_ptr, E, OUT_TILES,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Number of tiles that have work."""
     if EXPERTS == 0:
-        return tl.load(tile_start_ptr + E) * OUT_TILES
+        return tl.load(tiles_ptr) * OUT_TILES
     else:
         experts = tl.arange(0, EXPERTS)
         starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
@@ -63,32 +78,32 @@ def count_tiles(
 
 @triton.jit
 def find_tile(
-    tile, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, OUT_TILES,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
+    tile, offsets_ptr, tiles_ptr, E, OUT_TILES,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """The expert, first row, end of the expert's rows and output tile of a tile that has work.
+    """The expert, first row, end of the expert's rows and output tile of a tile; expert E: a spare one.
 
     With EXPERTS (a power of two, at least e) it is searched in the offsets, else read from the map.
     """
     row_tile = tile // OUT_TILES
     if EXPERTS == 0:
-        expert = tl.load(tile_expert_ptr + row_tile)
-        first = tl.load(tile_start_ptr + expert)
-        tiles = tl.load(tile_start_ptr + expert + 1) - first
+        record = tiles_ptr + (1 + row_tile) * RECORD
+        expert, first, tiles = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+        start, end = tl.load(record + 3), tl.load(record + 4)
     else:
         experts = tl.arange(0, EXPERTS)
         starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
         ends = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
         of_expert = (ends - starts + ROWS - 1).to(tl.int32) // ROWS
-        expert = tl.sum((tl.cumsum(of_expert, 0) <= row_tile).to(tl.int32))
+        expert = tl.minimum(tl.sum((tl.cumsum(of_expert, 0) <= row_tile).to(tl.int32)), E)
         first = tl.sum(tl.where(experts < expert, of_expert, 0))
         tiles = tl.sum(tl.where(experts == expert, of_expert, 0))
+        start = tl.load(offsets_ptr + expert).to(tl.int32)
+        end = tl.load(offsets_ptr + tl.minimum(expert + 1, E)).to(tl.int32)
     within = tile - first * OUT_TILES
     group = within // (GROUP * OUT_TILES)
-    height = min(tiles - group * GROUP, GROUP)
+    height = max(min(tiles - group * GROUP, GROUP), 1)
     within = within - group * GROUP * OUT_TILES
-    start = tl.load(offsets_ptr + expert).to(tl.int32)
-    end = tl.load(offsets_ptr + expert + 1).to(tl.int32)
     return expert, start + (group * GROUP + within % height) * ROWS, end, within // height
 
 
@@ -175,10 +190,16 @@ def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     What follows a product is done a piece at a time: for a whole tile it would need several times the
     registers of the accumulator.
     """
-    left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-    a, b = left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
-    c, d = right.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
+    left, right = halves(tile, ROWS, COLUMNS)
+    a, b = halves(left, ROWS, COLUMNS // 2)
+    c, d = halves(right, ROWS, COLUMNS // 2)
     return a, b, c, d
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's columns in two pieces, without leaving the registers."""
+    return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,7 +210,7 @@ class Plan:
     row_of_pair: Tensor
     offsets: Tensor
     top_k: int
-    maps: dict[int, tuple[Tensor, Tensor]]
+    maps: dict[int, Tensor]
 
     @property
     def num_experts(self) -> int:
@@ -209,37 +230,36 @@ class Plan:
     def tile_arguments(self, config: Config) -> Mapping[str, Any]:
         """What a kernel needs to find its tile."""
         searched = self.pairs <= SEARCHED_PAIRS and self.num_experts <= SEARCHED_PAIRS
-        start, expert = (self.offsets, self.offsets) if searched else self._map(config.rows)
         return {
             "offsets_ptr": self.offsets,
-            "tile_start_ptr": start,
-            "tile_expert_ptr": expert,
+            "tiles_ptr": self.offsets if searched else self._map(config.rows),
             "E": self.num_experts,
+            "RECORD": RECORD,
             "EXPERTS": power_of_2(self.num_experts) if searched else 0,
         }
 
-    def _map(self, rows: int) -> tuple[Tensor, Tensor]:
+    def _map(self, rows: int) -> Tensor:
         if rows not in self.maps:
             self.maps[rows] = make_tile_map(self.offsets, self.tile_bound(rows), rows)
         return self.maps[rows]
 
 
-def make_tile_map(offsets: Tensor, bound: int, rows: int) -> tuple[Tensor, Tensor]:
-    """tile_start (e+1) and tile_expert (bound) for tiles of so many rows; spare tiles have none."""
+def make_tile_map(offsets: Tensor, bound: int, rows: int) -> Tensor:
+    """The records (1 + bound, RECORD) of tiles of so many rows, as `tile_map_kernel` says."""
     num_experts = offsets.shape[0] - 1
-    start = offsets.new_empty(num_experts + 1, dtype=torch.int32)
-    expert = offsets.new_empty(bound, dtype=torch.int32)
+    tiles = offsets.new_empty(1 + bound, RECORD, dtype=torch.int32)
     arguments = {
         "offsets_ptr": offsets,
-        "tile_start_ptr": start,
-        "tile_expert_ptr": expert,
+        "tiles_ptr": tiles,
         "E": num_experts,
+        "BOUND": bound,
         "ROWS": rows,
+        "RECORD": RECORD,
         "EXPERTS": power_of_2(num_experts),
         "BLOCK": 128,
     }
     launch(tile_map_kernel, (num_experts + 1,), arguments)
-    return start, expert
+    return tiles
 
 
 def weight_arguments(weight: Tensor, config: Config, *, width: int = 1) -> Mapping[str, Any]:

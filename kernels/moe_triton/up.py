@@ -1,25 +1,31 @@
 """Up-projection of the experts with its activation, rows gathered on the way: pass 1 of the forward.
 
 pre[r] = W_up[e] x[token of r] + b_up[e], hidden[r] = act(pre[r]) for the rows r of expert e.
-x (t d), W_up (e 2h d) or (e h d) without a gate, pre (p 2h), hidden (p h). One tile of x meets a tile of the
-gate and one of the up-projection; nothing that is gathered is ever written (SonicMoE, 2512.14080).
+x (t d), W_up (e 2h d) or (e h d) without a gate, pre (p 2h), hidden (p h). A tile of x meets one of W_up,
+gate rows and as many up rows; nothing that is gathered is ever written (SonicMoE, 2512.14080).
 """
 
 # In kernel bodies types are Triton's.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activation import activated
-from .config import choose_config
+from .config import Config, choose_config
 from .launch import ceil_div, launch, target_of
 from .settings import Settings
 from .tiles import (
     Plan,
-    count_tiles,
+    can_describe,
     find_tile,
+    halves,
+    has_descriptors,
     load_columns,
     load_weight,
     precision,
@@ -62,55 +68,83 @@ def finish_columns(
 
 
 @triton.jit
+def load_halves(
+    weight, expert, out, in_start, H, D, stride_e, stride_o, stride_i,
+    OUTS: tl.constexpr, INS: tl.constexpr, TMA: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
+):  # fmt: skip
+    """Tile (2 OUTS, INS) of the weight (e 2h d) of one expert: rows of the gate, then as many up rows.
+
+    weight: a descriptor of (e 2 h d), or a pointer.
+    """
+    if TMA:
+        return weight.load([expert, 0, out, in_start]).reshape(2 * OUTS, INS)
+    else:
+        numbers = tl.arange(0, 2 * OUTS)
+        outs = out + numbers % OUTS
+        ins = tl.arange(0, INS).to(tl.int64)
+        tile = weight + expert.to(tl.int64) * stride_e + tl.cast(in_start, tl.int64) * stride_i
+        tile += (outs + numbers // OUTS * H).to(tl.int64)[:, None] * stride_o + ins[None, :] * stride_i
+        if EVEN_IN and EVEN_OUT:
+            return tl.load(tile)
+        else:
+            return tl.load(tile, mask=(outs < H)[:, None] & (in_start + ins < D)[None, :], other=0.0)
+
+
+@triton.jit
 def up_kernel(
     x_ptr, w, bias_ptr, weights_ptr, pair_of_row_ptr, pre_ptr, hidden_ptr,
-    offsets_ptr, tile_start_ptr, tile_expert_ptr, E, D, H, OUT_TILES,
+    offsets_ptr, tiles_ptr, E, D, H, OUT_TILES,
     x_stride, w_stride_e, w_stride_o, w_stride_i, bias_stride_e, bias_stride_o, limit, alpha,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr,
     EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """GATE: "none"; "halves", gate rows before up rows; "pairs", interleaved, in one wide accumulator."""
-    WIDTH: tl.constexpr = 2 * OUTS if GATE == "pairs" else OUTS
-    PRE: tl.constexpr = 1 if GATE == "none" else 2
-    total = count_tiles(offsets_ptr, tile_start_ptr, E, OUT_TILES, ROWS, EXPERTS)
-    tile = tl.program_id(0)
-    if tile < total:
-        expert, row, end, out_tile = find_tile(
-            tile, offsets_ptr, tile_start_ptr, tile_expert_ptr, E, OUT_TILES, ROWS, GROUP, EXPERTS
-        )
+    """GATE: "none"; "halves", gate rows before up rows; "pairs", interleaved. With a gate the one accumulator
+    is twice as wide: the wider a product, the less often it reads its rows from shared memory.
+    """
+    WIDTH: tl.constexpr = OUTS if GATE == "none" else 2 * OUTS
+    EACH: tl.constexpr = 2 if GATE == "pairs" else 1
+    PIECE: tl.constexpr = OUTS // 4 if GATE == "halves" else WIDTH // 4
+    expert, row, end, out_tile = find_tile(
+        tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, RECORD, EXPERTS
+    )
+    if expert < E:
         rows = row + tl.arange(0, ROWS)
         pairs = tl.load(pair_of_row_ptr + tl.minimum(rows, end - 1)).to(tl.int32)
         x_rows = x_ptr + (pairs // TOP_K).to(tl.int64)[:, None] * x_stride
-        out = out_tile * WIDTH
-        first, second = zeros(ROWS, WIDTH, SWAP), zeros(ROWS, WIDTH, SWAP)
+        out = out_tile * EACH * OUTS
+        acc = zeros(ROWS, WIDTH, SWAP)
         for start in range(0, D, INS):
             ins = start + tl.arange(0, INS)
             x = load_columns(x_rows, ins, D, EVEN_IN)
-            tile_w = load_weight(
-                w, expert, out, start, PRE * H, D, w_stride_e, w_stride_o, w_stride_i,
-                WIDTH, INS, TMA, IN_FIRST, EVEN_IN, EVEN_OUT,
-            )  # fmt: skip
-            first = product(x, tile_w, first, SWAP, PRECISION)
             if GATE == "halves":
+                tile_w = load_halves(
+                    w, expert, out, start, H, D, w_stride_e, w_stride_o, w_stride_i,
+                    OUTS, INS, TMA, EVEN_IN, EVEN_OUT,
+                )  # fmt: skip
+            else:
                 tile_w = load_weight(
-                    w, expert, H + out, start, 2 * H, D, w_stride_e, w_stride_o, w_stride_i,
+                    w, expert, out, start, EACH * H, D, w_stride_e, w_stride_o, w_stride_i,
                     WIDTH, INS, TMA, IN_FIRST, EVEN_IN, EVEN_OUT,
                 )  # fmt: skip
-                second = product(x, tile_w, second, SWAP, PRECISION)
-        first, second = (
-            quarters(unswap(first, SWAP), ROWS, WIDTH),
-            quarters(unswap(second, SWAP), ROWS, WIDTH),
-        )
+            acc = product(x, tile_w, acc, SWAP, PRECISION)
+        acc = unswap(acc, SWAP)
+        if GATE == "halves":
+            gate, up = halves(acc, ROWS, WIDTH)
+            first, second = quarters(gate, ROWS, OUTS), quarters(up, ROWS, OUTS)
+        else:
+            first = quarters(acc, ROWS, WIDTH)
+            second = first
         scale = tl.load(weights_ptr + pairs).to(tl.float32)[:, None] if SCALE else 1.0
         bias = bias_ptr + expert.to(tl.int64) * bias_stride_e
         has_row = (rows < end)[:, None]
         for i in tl.static_range(4):
             finish_columns(
-                first[i], second[i], scale, bias, rows.to(tl.int64)[:, None], has_row, out + i * (WIDTH // 4),
+                first[i], second[i], scale, bias, rows.to(tl.int64)[:, None], has_row, out + i * PIECE,
                 pre_ptr, hidden_ptr, H, bias_stride_o, limit, alpha, ACTIVATION, GATE, HAS_BIAS, SCALE,
-                KEEP_PRE, ROWS, WIDTH // 4,
+                KEEP_PRE, ROWS, PIECE,
             )  # fmt: skip
 
 
@@ -135,7 +169,6 @@ def up(
     config = choose_config(
         "up", target, x.dtype, plan.pairs, num_experts, d, h, batch_invariant=settings.batch_invariant
     )
-    wide = 2 if settings.gate == "pairs" else 1
     pre = x.new_empty(plan.pairs, width) if keep_pre else None
     hidden = x.new_empty(plan.pairs, h)
     out_tiles = ceil_div(h, config.outs)
@@ -168,9 +201,22 @@ def up(
         "OUTS": config.outs,
         "INS": config.ins,
         "GROUP": config.group,
-        **weight_arguments(weight, config, width=wide),
+        **operand_of(weight, settings.gate, config),
         **plan.tile_arguments(config),
     }
     tiles = plan.tile_bound(config.rows) * out_tiles
     launch(up_kernel, (tiles,), arguments, **config.options)
     return hidden, pre
+
+
+def operand_of(weight: Tensor, gate: str, config: Config) -> Mapping[str, Any]:
+    """W_up for the kernel; gate and up rows of separate halves come in one tile."""
+    if gate != "halves":
+        return weight_arguments(weight, config, width=2 if gate == "pairs" else 1)
+    view = weight.unflatten(1, (2, weight.shape[1] // 2))
+    tma = config.tma and has_descriptors(weight.device) and can_describe(view)
+    box = [1, 2, config.outs, config.ins]
+    return weight_arguments(weight, config) | {
+        "w": TensorDescriptor(view, list(view.shape), list(view.stride()), box) if tma else weight,
+        "TMA": tma,
+    }

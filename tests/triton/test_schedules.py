@@ -90,11 +90,14 @@ def test_a_map_names_the_expert_of_every_tile(rows):
     offsets = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
     per_expert = [-(-n // rows) for n in counts]
     plan = tiles.Plan(torch.arange(407, device=DEVICE), torch.arange(407, device=DEVICE), offsets, 1, {})
-    start, expert = tiles.make_tile_map(offsets, plan.tile_bound(rows), rows)
-    assert sum(per_expert) <= plan.tile_bound(rows)
-    assert start.tolist() == [sum(per_expert[:i]) for i in range(7)]
-    owners = [i for i, n in enumerate(per_expert) for _ in range(n)]
-    assert expert[: len(owners)].tolist() == owners
+    bound = plan.tile_bound(rows)
+    records = tiles.make_tile_map(offsets, bound, rows)[:, :5].tolist()
+    ends = offsets.tolist()[1:]
+    owned = [[i, sum(per_expert[:i]), n, ends[i] - counts[i], ends[i]] for i, n in enumerate(per_expert)]
+    expected = [record for record in owned for _ in range(record[2])]
+    assert records[0][0] == len(expected) <= bound
+    assert records[1 : 1 + len(expected)] == expected
+    assert [record[0] for record in records[1 + len(expected) :]] == [6] * (bound - len(expected))
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=9), st.sampled_from([16, 32, 64, 128]))
