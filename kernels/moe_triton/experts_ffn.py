@@ -21,7 +21,7 @@ from .launch import is_plain, is_unwatched, needs_grad, target_of
 from .linear import linear
 from .replay import replayed
 from .rows import expert_sums, gather_rows, row_dots, sum_rows, weight_grads
-from .settings import Settings
+from .settings import Settings, known_settings
 from .tiles import Plan
 from .up import up
 
@@ -58,22 +58,22 @@ def experts_ffn(
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown activation.
     """
     x, up_proj, down_proj, up_bias, down_bias = cast_to_autocast(x, up_proj, down_proj, up_bias, down_bias)
-    settings = Settings(
+    settings = known_settings(
         activation, interleaved, float(limit), float(alpha), weights_on_input, batch_invariant
     )
     plan = (pair_of_row.contiguous(), row_of_pair.contiguous(), offsets.contiguous())
     projections = (up_proj, down_proj, up_bias, down_bias)
-    check_experts_ffn(x, weights, *plan, *projections, settings)
     leaves = (x, weights, *projections)
     if is_plain(*leaves):
         return forward(x, weights, *plan, *projections, settings, keep_pre=False)[0]
     if is_unwatched(*leaves):
         return _Direct.apply(x, weights, *plan, *projections, settings)
+    check_experts_ffn(x, weights, *plan, *projections, settings)
     y, _ = _experts_ffn(x, weights, *plan, *projections, *astuple(settings), needs_grad(*leaves))
     return y
 
 
-@replayed
+@replayed(check_experts_ffn)
 def forward(
     x: Tensor,
     weights: Tensor,
@@ -98,7 +98,7 @@ def forward(
     return sum_rows(rows, row_of_pair, offsets, plan.top_k, on_output, dtype=x.dtype), pre
 
 
-@replayed
+@replayed()
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -171,7 +171,7 @@ def empty_like_weight(weight: Tensor) -> Tensor:
 
 
 class _Direct(torch.autograd.Function):
-    """The kernels and autograd with nothing between: an operator costs more than its launches for few tokens."""
+    """The kernels and autograd, nothing between: with few tokens an operator costs more than all launches."""
 
     @staticmethod
     def forward(ctx, *inputs: Any) -> Tensor:

@@ -82,7 +82,7 @@ def launch(
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> Any:
-    """The launch itself, which gives the compiled kernel; tests replace it to look at what would be launched."""
+    """The launch itself, which gives the compiled kernel; tests replace it to see what would be launched."""
     with on_device(next(a.device for a in arguments.values() if isinstance(a, Tensor))):
         return kernel[grid](
             **arguments, **options, enable_fp_fusion=True
@@ -155,7 +155,7 @@ def is_unwatched(*leaves: Tensor | None) -> bool:
 
 def needs_grad(*leaves: Tensor | None) -> bool:
     """Whether a gradient of one of them is asked for."""
-    return torch.is_grad_enabled() and any([leaf is not None and leaf.requires_grad for leaf in leaves])
+    return torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
 
 
 def _is_real(*leaves: Tensor | None) -> bool:
@@ -166,7 +166,7 @@ def _is_real(*leaves: Tensor | None) -> bool:
         raise NotImplementedError(
             'the Triton kernels have no forward-mode derivatives. Use backend="torch", or reverse mode.'
         )
-    return all([type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.is_meta for leaf in given])
+    return all(type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.is_meta for leaf in given)
 
 
 def _has_tangent(leaf: Tensor) -> bool:

@@ -1,16 +1,17 @@
 """Calls that come again are worked out once; afterwards their kernels are only launched.
 
 A function that allocates, takes views and launches kernels, and looks into no tensor, does the same for all
-tensors of the same shapes, strides and dtypes. `replayed` runs it once on tensors without memory, notes what it
-allocates and launches, and from then on does just that. Choosing schedules, naming arguments and Triton's own
-look at each of them take longer than a GPU needs for a few tokens.
+tensors of the same shapes, strides and dtypes. `replayed` runs it once on tensors without memory, notes what
+it allocates and launches, and from then on does just that. Choosing schedules, naming arguments and Triton's
+own look at each of them take longer than a GPU needs for a few tokens.
 
-What is unlike other calls in a way that is not noted here runs the function itself: the first call of a kind,
-memory off a multiple of 16 bytes, hooks before a launch, AMD's pointer ranges, the interpreter.
+The function itself still runs for the first call of a kind, which may never come again, and for what the
+notes do not tell apart: memory off a multiple of 16 bytes, AMD's pointer ranges, hooks of Triton, the
+interpreter.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,10 +25,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .config import what_schedules_depend_on
-from .launch import INTERPRETED, Launch, on_device, pretend, recorded, target_of
+from .launch import INTERPRETED, Launch, pretend, recorded, target_of
 from .tiles import precision
 
-MOST_KINDS = 4096  # of calls to one function that are remembered, before all of them are forgotten
+MOST_KINDS = 1024  # of calls to one function that are remembered, before all of them are forgotten
 ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
 
 
@@ -37,64 +38,93 @@ class NotReplayableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Memory of tensor number `of`, counted over the inputs and then over what a call allocates."""
+    """Memory of tensor number `of`, counted over the inputs and then over what a call allocates.
+
+    start  in numbers from that tensor's own start
+    whole  it is that tensor, in shape and strides
+    """
 
     of: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    start: int  # in numbers from the tensor's own start
+    start: int
+    whole: bool
 
     def within(self, tensors: Sequence[Any]) -> Tensor:
         """The view, as a tensor."""
         tensor = tensors[self.of]
-        if self.start == 0 and tensor.shape == self.shape and tensor.stride() == self.strides:
+        if self.whole:
             return tensor
         return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.start)
 
 
 @dataclass(slots=True)
+class Allocation:
+    """A contiguous tensor: its number, and the launches before it. dtype: None for the first input's."""
+
+    number: int
+    after: int
+    shape: torch.Size
+    dtype: torch.dtype | None
+
+    def into(self, tensors: list[Any]) -> Tensor:
+        """Allocate it, like the first input."""
+        if self.dtype is None:
+            tensor = tensors[0].new_empty(self.shape)
+        else:
+            tensor = tensors[0].new_empty(self.shape, dtype=self.dtype)
+        tensors[self.number] = tensor
+        return tensor
+
+
+@dataclass(slots=True)
 class Step:
-    """One launch, its tensors as views, and what is allocated before it (number, shape, dtype) or freed after."""
+    """One launch, its tensors as views, what is allocated before it, and the numbers freed after it."""
 
     launch: Launch
-    allocated: list[tuple[int, torch.Size, torch.dtype]]
-    views: dict[str, View] = field(default_factory=dict)
+    views: dict[str, View]
+    allocated: list[Allocation]
     freed: list[int] = field(default_factory=list)
-    # Once the kernel is compiled: its arguments in order, the places of pointers (place, number, bytes from the
-    # tensor's start) and of descriptors among them.
-    compiled: CompiledKernel | None = None
-    grid: tuple[int, ...] = ()
+    # Once compiled: what launches it, its arguments in order, and which of them are pointers (place, tensor,
+    # bytes from the tensor's start) or descriptors.
+    runner: Callable[..., None] | None = None
     values: list[Any] = field(default_factory=list)
     pointers: list[tuple[int, int, int]] = field(default_factory=list)
     descriptors: list[tuple[int, View, dict[str, Any]]] = field(default_factory=list)
 
-    def run(self, tensors: list[Any]) -> None:
-        """Launch by way of Triton, which compiles what it has not met, and keep the compiled kernel."""
-        arguments = dict(self.launch.arguments)
-        for name, view in self.views.items():
-            tensor = view.within(tensors)
-            described = arguments[name]
-            if isinstance(described, TensorDescriptor):
-                tensor = TensorDescriptor(tensor, described.shape, described.strides, described.block_shape)
-            arguments[name] = tensor
-        kernel = self.launch.kernel
-        compiled = launch.run(kernel, self.launch.grid, arguments, **self.launch.options)
-        if type(compiled) is CompiledKernel and not kernel.pre_run_hooks:
-            self._keep(arguments)
-            self.grid = (*self.launch.grid, 1, 1)[:3]
-            self.compiled = compiled
+    def play(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        """Launch the compiled kernel, or let Triton compile it."""
+        if self.runner is None or self.launch.kernel.pre_run_hooks:
+            return self.run(tensors)
+        values = self.values.copy()
+        for place, number, start in self.pointers:
+            values[place] = addresses[number] + start
+        for place, view, described in self.descriptors:
+            values[place] = _describe(view.within(tensors) if view.start else tensors[view.of], described)
+        return self.runner(*values, stream=stream)
 
-    def _keep(self, arguments: dict[str, Any]) -> None:
-        names = self.launch.kernel.arg_names
-        self.values, self.pointers, self.descriptors = [arguments[name] for name in names], [], []
-        for place, name in enumerate(names):
+    def run(self, tensors: list[Any]) -> None:
+        """Launch by way of Triton, and keep the compiled kernel."""
+        kernel, arguments = self.launch.kernel, dict(self.launch.arguments)
+        for name, view in self.views.items():
+            value, tensor = arguments[name], view.within(tensors)
+            is_described = isinstance(value, TensorDescriptor)
+            arguments[name] = replace(value, base=tensor) if is_described else tensor
+        compiled = launch.run(kernel, self.launch.grid, arguments, **self.launch.options)
+        if type(compiled) is CompiledKernel:
+            self._keep(compiled, [arguments[name] for name in kernel.arg_names])
+
+    def _keep(self, compiled: CompiledKernel, values: list[Any]) -> None:
+        self.pointers, self.descriptors = [], []
+        for place, name in enumerate(self.launch.kernel.arg_names):
             if (view := self.views.get(name)) is None:
                 continue
-            value, self.values[place] = self.values[place], None
+            value, values[place] = values[place], None
             if isinstance(value, TensorDescriptor):
                 self.descriptors.append((place, view, vars(value) | {"base": None}))
             else:
                 self.pointers.append((place, view.of, view.start * value.element_size()))
+        self.values, self.runner = values, compiled[(*self.launch.grid, 1, 1)[:3]]
 
 
 @dataclass(slots=True)
@@ -102,85 +132,104 @@ class Tape:
     """All launches of a call, what is allocated after the last one, and what is returned."""
 
     steps: list[Step]
-    last: list[tuple[int, torch.Size, torch.dtype]]
+    last: list[Allocation]
     made: int
-    returned: Any  # a view, None, or a tuple of these
+    returned: tuple[View | None, ...]
+    is_tuple: bool
 
     def play(self, inputs: list[Tensor], addresses: list[int]) -> Any:
         """Do with these inputs what was done when the tape was made."""
-        tensors: list[Any] = [*inputs, *(None,) * self.made]
+        tensors: list[Any] = inputs + [None] * self.made
         addresses = addresses + [0] * self.made
-        like, off = inputs[0], 0
-        stream = driver.active.get_current_stream(like.get_device())
+        stream, off = driver.active.get_current_stream(inputs[0].get_device()), 0
         for step in self.steps:
-            for number, shape, dtype in step.allocated:
-                tensors[number] = tensor = _empty(like, shape, dtype)
-                addresses[number] = address = tensor.data_ptr()
+            for allocation in step.allocated:
+                addresses[allocation.number] = address = allocation.into(tensors).data_ptr()
                 off |= address
-            if step.compiled is None or off % 16 or step.launch.kernel.pre_run_hooks:
+            if off % 16:
                 step.run(tensors)
             else:
-                values = step.values.copy()
-                for place, number, start in step.pointers:
-                    values[place] = addresses[number] + start
-                for place, view, described in step.descriptors:
-                    values[place] = _describe(view.within(tensors), described)
-                step.compiled[step.grid](*values, stream=stream)
+                step.play(tensors, addresses, stream)
             for number in step.freed:
                 tensors[number] = None
-        for number, shape, dtype in self.last:
-            tensors[number] = _empty(like, shape, dtype)
-        if type(self.returned) is tuple:
-            return tuple([None if view is None else view.within(tensors) for view in self.returned])
-        return None if self.returned is None else self.returned.within(tensors)
-
-
-def _empty(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(shape) if dtype == like.dtype else like.new_empty(shape, dtype=dtype)
+        for allocation in self.last:
+            allocation.into(tensors)
+        results = tuple([None if view is None else view.within(tensors) for view in self.returned])
+        return results if self.is_tuple else results[0]
 
 
 def _describe(tensor: Tensor, described: dict[str, Any]) -> TensorDescriptor:
-    """A descriptor of what has been checked before: the usual way checks it again."""
+    """A descriptor like one that has been checked: the usual way checks it again."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.__dict__.update(described)
     descriptor.base = tensor
     return descriptor
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 RUN = launch.run
-_kinds: list[dict[Any, "Tape | None"]] = []  # of each function, those of its calls that have been met
+_kinds: list[dict[Any, Tape | None]] = []  # of each function, those of its calls that have been met
 
 
-def replayed(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a function of tensors, None and hashable settings that only allocates, takes views and launches."""
-    kinds: dict[Any, Tape | None] = {}
-    _kinds.append(kinds)
+def replayed(
+    check: Callable[..., None] = lambda *_: None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Wrap a function of tensors, None and hashable settings that only allocates, takes views and launches.
 
-    @wraps(function)
-    def call(*args: P.args, **options: P.kwargs) -> R:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        device = tensors[0].device
-        if not _is_replayable(device) or any([address % 16 for address in addresses]):
-            return function(*args, **options)
-        shapes = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
-        kind = (device, *shapes, *options.values(), _surroundings(device))
-        if kind not in kinds:  # it may never come again
-            if len(kinds) >= MOST_KINDS:
-                kinds.clear()
-            kinds[kind] = None
-            return function(*args, **options)
-        tape = kinds[kind]
-        if tape is None:
-            try:
-                tape = kinds[kind] = _rehearse(function, args, options)
-            except NotReplayableError:
+    check: called with the arguments by position, unless shapes, dtypes and devices have passed it before.
+    """
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        kinds: dict[Any, Tape | None] = {}
+        _kinds.append(kinds)
+
+        @wraps(function)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            tensors, addresses, off, kind = [], [], 0, [*options.values()]
+            for arg in args:
+                if isinstance(arg, Tensor):
+                    tensors.append(arg)
+                    addresses.append(address := arg.data_ptr())
+                    off |= address
+                    kind += (arg.shape, arg.stride(), arg.dtype, arg.device)
+                else:
+                    kind.append(arg)
+            device = tensors[0].device
+            if off % 16 or not _is_replayable(device):
+                check(*args)
                 return function(*args, **options)
-        with on_device(device):
-            return tape.play(tensors, addresses)
+            kind = (*kind, *_surroundings(device, tensors[0].dtype))
+            if (tape := kinds.get(kind)) is None:
+                check(*args)
+                if (tape := _tape(kinds, kind, function, args, options)) is None:
+                    return function(*args, **options)
+            with launch.on_device(device):
+                return tape.play(tensors, addresses)
 
-    return call
+        return call
+
+    return wrap
+
+
+def _tape(
+    kinds: dict[Any, Tape | None],
+    kind: tuple[Any, ...],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Tape | None:
+    """A tape for a call of a kind that has been met before, if one can be made."""
+    if kind not in kinds:
+        if len(kinds) >= MOST_KINDS:
+            kinds.clear()
+        kinds[kind] = None
+        return None
+    try:
+        kinds[kind] = _rehearse(function, args, options)
+    except NotReplayableError:
+        return None
+    return kinds[kind]
 
 
 def forget() -> None:
@@ -192,18 +241,19 @@ def forget() -> None:
 def _is_replayable(device: torch.device) -> bool:
     return (
         not INTERPRETED
+        and device.type != "meta"
         and target_of(device).kind == "cuda"
         and launch.run is RUN
         and knobs.runtime.add_stages_inspection_hook is None
     )
 
 
-def _surroundings(device: torch.device) -> tuple[Any, ...]:
+def _surroundings(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     """What launches depend on besides the arguments of a call."""
     compilation = knobs.compilation
     return (
         target_of(device),
-        precision(),
+        precision() if dtype == torch.float32 else None,  # 16 bits have but one
         what_schedules_depend_on(),
         knobs.runtime.debug,
         compilation.instrumentation_mode,
@@ -221,19 +271,19 @@ def _rehearse(function: Callable[..., Any], args: tuple[Any, ...], options: dict
     device = next(a.device for a in args if isinstance(a, Tensor))
     with pretend(target_of(device)), recorded() as launches, _Watch(inputs, launches) as watch:
         result = function(*twins, **options)
-    steps, allocated = [], watch.allocated
+    steps = []
     for at, one in enumerate(launches):
-        before = [new for when, *new in allocated if when == at]
         views = {}
         for name, value in one.arguments.items():
             tensor = value.base if isinstance(value, TensorDescriptor) else value
             if isinstance(tensor, Tensor):
                 views[name] = watch.view(tensor)
-        steps.append(Step(one, before, views))
-    last = [new for when, *new in allocated if when == len(launches)]
-    returned = tuple(map(watch.view, result)) if type(result) is tuple else watch.view(result)
-    _free(steps, returned if type(returned) is tuple else (returned,), len(inputs))
-    return Tape(steps, last, len(allocated), returned)
+        steps.append(Step(one, views, [new for new in watch.allocated if new.after == at]))
+    last = [new for new in watch.allocated if new.after == len(launches)]
+    results = result if type(result) is tuple else (result,)
+    returned = tuple(map(watch.view, results))
+    _free(steps, returned, len(inputs))
+    return Tape(steps, last, len(watch.allocated), returned, is_tuple=type(result) is tuple)
 
 
 def _free(steps: list[Step], returned: tuple[View | None, ...], inputs: int) -> None:
@@ -251,7 +301,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, inputs: list[Tensor], launches: list[Launch]) -> None:
         super().__init__()
         self.launches = launches
-        self.allocated: list[tuple[int, int, torch.Size, torch.dtype]] = []  # launches before it, number, ...
+        self.allocated: list[Allocation] = []
         self.tensors = list(inputs)  # kept, so that no memory takes another's place
         self.numbers = {_storage(tensor): number for number, tensor in enumerate(inputs)}
 
@@ -261,7 +311,8 @@ class _Watch(TorchDispatchMode):
             number = len(self.tensors)
             self.tensors.append(result)
             self.numbers[_storage(result)] = number
-            self.allocated.append((len(self.launches), number, result.shape, result.dtype))
+            dtype = None if result.dtype == self.tensors[0].dtype else result.dtype
+            self.allocated.append(Allocation(number, len(self.launches), result.shape, dtype))
         elif not func.is_view:
             raise NotReplayableError(str(func))
         return result
@@ -272,7 +323,10 @@ class _Watch(TorchDispatchMode):
             return None
         if (number := self.numbers.get(_storage(tensor))) is None:
             raise NotReplayableError("a tensor from elsewhere")
-        return View(number, tensor.shape, tensor.stride(), tensor.storage_offset())
+        whole = self.tensors[number]
+        start = int(tensor.storage_offset())
+        is_whole = start == 0 and tensor.shape == whole.shape and tensor.stride() == whole.stride()
+        return View(number, tensor.shape, tensor.stride(), start, whole=is_whole)
 
 
 def _storage(tensor: Tensor) -> int:
