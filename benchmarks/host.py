@@ -34,9 +34,10 @@ DEVICE = 97  # that no kernel has been compiled for
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """What reached the driver: code stands for all that the compiler has been told."""
+    """What reached the driver. types: of the arguments; code: all that the compiler has been told."""
 
     kernel: str
+    types: tuple[str, ...]
     code: str
     grid: tuple[int, int, int]
     stream: int
@@ -66,6 +67,7 @@ class Driver:
     def compile(self, src: Any, target: Any, options: dict[str, Any], **_: Any) -> CompiledKernel:
         """A compiled kernel that notes its launches."""
         code = repr((src.signature, sorted(src.constants.items()), sorted(src.attrs.items()), options))
+        types = tuple(src.signature.values())
         kernel = CompiledKernel.__new__(CompiledKernel)
 
         def run(x, y, z, stream, _function, _packed, _metadata, enter, leave, *arguments) -> None:
@@ -73,7 +75,7 @@ class Driver:
                 if hook is not None:
                     hook(None)
             if self.is_noting:
-                self.launched.append(Launched(src.fn.__name__, code, (x, y, z), stream, arguments))
+                self.launched.append(Launched(src.fn.__name__, types, code, (x, y, z), stream, arguments))
 
         facts = {"module": None, "function": 0, "packed_metadata": (), "src": src, "name": src.fn.__name__}
         vars(kernel).update(facts, _run=run, _init_handles=lambda: None)
