@@ -238,13 +238,26 @@ def products_in(precision: str):
     torch.backends.cuda.matmul.fp32_precision = before
 
 
+@contextmanager
+def knob(of: str, name: str, value: Any):
+    """A knob of Triton, which is an environment variable, too."""
+    group = getattr(knobs, of)
+    with group.scope():
+        setattr(group, name, value)
+        yield
+
+
 SURROUNDINGS = {
     "override": lambda: override("grad_rows", Config(32, 64, 32, 4, 2)),
     "tf32": lambda: products_in("tf32"),
-    "debug": lambda: mock.patch.object(knobs.runtime, "debug", True),
-    "instrumentation": lambda: mock.patch.object(knobs.compilation, "instrumentation_mode", "consan"),
+    "debug": lambda: knob("runtime", "debug", True),
+    "instrumentation": lambda: knob("compilation", "instrumentation_mode", "consan"),
     "target": lambda: launch.pretend(launch.Target("cuda", 80, 108)),
 }
+
+
+if hasattr(knobs.compilation, "fpsan_homomorphic_casts"):  # Triton 3.9
+    SURROUNDINGS["casts"] = lambda: knob("compilation", "fpsan_homomorphic_casts", True)
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
@@ -307,14 +320,66 @@ def test_what_is_not_needed_any_more_is_freed(gpu, plays):
     assert [len(step.freed) for step in plays[-1].steps] == [0, 1, 1]
 
 
-def test_a_function_that_does_more_than_launch_is_never_replayed(gpu, plays):
-    @replay.replayed()
-    def double(x):
-        return x + x
+def add(x):
+    return x + x
 
+
+def add_in_place(x):
+    return x.add_(x)
+
+
+def fill(x):
+    return x.new_empty(x.shape).copy_(x + x)
+
+
+@pytest.mark.parametrize("function", [add, add_in_place, fill])
+def test_a_function_that_does_more_than_launch_is_never_replayed(function, gpu, plays):
+    double = replay.replayed()(function)
     for value in (1.0, 2.0, 3.0):
         assert double(torch.full((4,), value)).tolist() == [2 * value] * 4
     assert not plays
+
+
+def test_tensors_on_another_device_are_checked_again(gpu):
+    checked: list[torch.device] = []
+    call = replay.replayed(lambda a, b: checked.append(b.device))(lambda a, b: a.view(-1))
+    for _ in range(4):
+        call(torch.zeros(4), torch.zeros(4))
+    call(torch.zeros(4), torch.zeros(4, device="meta"))
+    assert [device.type for device in checked] == ["cpu", "cpu", "meta"]
+
+
+def test_a_replaced_launch_is_met(gpu, plays, monkeypatch):
+    launched: list[str] = []
+    for _ in range(3):
+        layer_notes(gpu, replace(BASE, train=False))
+    plays.clear()
+    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    assert len(layer_notes(gpu, replace(BASE, train=False))) == 1
+    assert launched == ["up_kernel", "linear_kernel", "sum_kernel"]
+    assert not plays
+
+
+def test_changes_to_the_compiler_are_left_to_triton(gpu, plays, monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", lambda: ("key", "hash"))
+    for _ in range(3):
+        layer_notes(gpu, BASE)
+    assert not plays
+
+
+def test_memory_off_16_bytes_from_the_allocator_is_seen(gpu, monkeypatch):
+    case = replace(BASE, train=False)
+    for _ in range(3):
+        layer_notes(gpu, case)
+    new_empty = Tensor.new_empty
+
+    def off(like, *shape, **options):
+        shape = torch.Size(shape[0]) if isinstance(shape[0], tuple) else torch.Size(shape)
+        return new_empty(like, shape.numel() + 1, **options)[1:].view(shape)
+
+    monkeypatch.setattr(Tensor, "new_empty", off)
+    expected = by_triton(gpu, lambda: layer_notes(gpu, case))
+    assert layer_notes(gpu, case) == expected
 
 
 def test_what_is_refused_is_refused_after_calls_that_were_not(gpu):

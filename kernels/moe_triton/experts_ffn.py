@@ -175,21 +175,21 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs: Any) -> Tensor:
+        y, pre = forward(*inputs, keep_pre=True)
         *tensors, ctx.settings = inputs
-        y, pre = forward(*tensors, ctx.settings, keep_pre=True)
         ctx.save_for_backward(*tensors, pre)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         if grad is None:
             return (None,) * 10
-        needs = ctx.needs_input_grad
-        needs = (*needs[:2], *needs[5:9])
-        of_x, of_weights, *others = backward(grad, *ctx.saved_tensors, ctx.settings, needs)
-        return of_x, of_weights, None, None, None, *others, None
+        needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:9])
+        grads = backward(grad, *ctx.saved_tensors, settings=ctx.settings, needs=needs)
+        return *grads[:2], None, None, None, *grads[2:], None
 
 
 # The operators that torch.compile, modes and torch.func see.

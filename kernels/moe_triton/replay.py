@@ -33,7 +33,7 @@ ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.defau
 
 
 class NotReplayableError(Exception):
-    """The function does something that is neither an allocation nor a view nor a launch."""
+    """Something else happens than allocations of aligned memory, views and launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +138,21 @@ class Tape:
     is_tuple: bool
 
     def play(self, inputs: list[Tensor], addresses: list[int]) -> Any:
-        """Do with these inputs what was done when the tape was made."""
+        """Do with these inputs what was done when the tape was made.
+
+        Raises:
+            NotReplayableError: memory that was allocated is off a multiple of 16 bytes.
+        """
         tensors: list[Any] = inputs + [None] * self.made
         addresses = addresses + [0] * self.made
-        stream, off = driver.active.get_current_stream(inputs[0].get_device()), 0
+        stream, off = driver.active.get_current_stream(inputs[0].get_device()), 0  # pyright: ignore[reportAttributeAccessIssue]
         for step in self.steps:
             for allocation in step.allocated:
                 addresses[allocation.number] = address = allocation.into(tensors).data_ptr()
                 off |= address
             if off % 16:
-                step.run(tensors)
-            else:
-                step.play(tensors, addresses, stream)
+                raise NotReplayableError("an allocator with another alignment")
+            step.play(tensors, addresses, stream)
             for number in step.freed:
                 tensors[number] = None
         for allocation in self.last:
@@ -177,7 +180,9 @@ def replayed(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Wrap a function of tensors, None and hashable settings that only allocates, takes views and launches.
 
-    check: called with the arguments by position, unless shapes, dtypes and devices have passed it before.
+    It writes into nothing but what it allocates.
+
+    check: called with the arguments by position, unless tensors of these kinds have passed it before.
     """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
@@ -186,7 +191,7 @@ def replayed(
 
         @wraps(function)
         def call(*args: P.args, **options: P.kwargs) -> R:
-            tensors, addresses, off, kind = [], [], 0, [*options.values()]
+            tensors, addresses, off, kind = [], [], 0, [*options.items()]
             for arg in args:
                 if isinstance(arg, Tensor):
                     tensors.append(arg)
@@ -204,8 +209,11 @@ def replayed(
                 check(*args)
                 if (tape := _tape(kinds, kind, function, args, options)) is None:
                     return function(*args, **options)
-            with launch.on_device(device):
-                return tape.play(tensors, addresses)
+            try:
+                with launch.on_device(device):
+                    return tape.play(tensors, addresses)
+            except NotReplayableError:
+                return function(*args, **options)
 
         return call
 
