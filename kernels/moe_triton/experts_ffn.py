@@ -6,19 +6,22 @@ For the backward x (t d) and the pre-activation (p 2h) are kept, nothing else of
 """
 
 from dataclasses import astuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .autocast import cast_to_autocast
 from .checks import check_experts_ffn
 from .config import Pass, choose_config
 from .grad_pre import grad_pre
 from .grad_weight import grad_weight
-from .launch import is_plain, target_of
+from .launch import is_plain, is_unwatched, needs_grad, target_of
 from .linear import linear
+from .replay import replayed
 from .rows import expert_sums, gather_rows, row_dots, sum_rows, weight_grads
-from .settings import Settings
+from .settings import Settings, known_settings
 from .tiles import Plan
 from .up import up
 
@@ -55,18 +58,22 @@ def experts_ffn(
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown activation.
     """
     x, up_proj, down_proj, up_bias, down_bias = cast_to_autocast(x, up_proj, down_proj, up_bias, down_bias)
-    settings = Settings(activation, interleaved, limit, alpha, weights_on_input, batch_invariant)
+    settings = known_settings(
+        activation, interleaved, float(limit), float(alpha), weights_on_input, batch_invariant
+    )
     plan = (pair_of_row.contiguous(), row_of_pair.contiguous(), offsets.contiguous())
     projections = (up_proj, down_proj, up_bias, down_bias)
-    check_experts_ffn(x, weights, *plan, *projections, settings)
     leaves = (x, weights, *projections)
     if is_plain(*leaves):
         return forward(x, weights, *plan, *projections, settings, keep_pre=False)[0]
-    needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    y, _ = _experts_ffn(x, weights, *plan, *projections, *astuple(settings), needs_grad)
+    if is_unwatched(*leaves):
+        return _Direct.apply(x, weights, *plan, *projections, settings)
+    check_experts_ffn(x, weights, *plan, *projections, settings)
+    y, _ = _experts_ffn(x, weights, *plan, *projections, *astuple(settings), needs_grad(*leaves))
     return y
 
 
+@replayed(check_experts_ffn)
 def forward(
     x: Tensor,
     weights: Tensor,
@@ -91,6 +98,7 @@ def forward(
     return sum_rows(rows, row_of_pair, offsets, plan.top_k, on_output, dtype=x.dtype), pre
 
 
+@replayed()
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -104,7 +112,7 @@ def backward(
     down_bias: Tensor | None,
     pre: Tensor,
     settings: Settings,
-    needs: list[bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weights, up_proj, down_proj, up_bias, down_bias; None where not needed."""
     needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
@@ -162,7 +170,29 @@ def empty_like_weight(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-# The operators that autograd, torch.compile and CUDA graphs see.
+class _Direct(torch.autograd.Function):
+    """The kernels and autograd, nothing between: with few tokens an operator costs more than all launches."""
+
+    @staticmethod
+    def forward(ctx, *inputs: Any) -> Tensor:
+        y, pre = forward(*inputs, keep_pre=True)
+        *tensors, ctx.settings = inputs
+        ctx.save_for_backward(*tensors, pre)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        if grad is None:
+            return (None,) * 10
+        needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:9])
+        grads = backward(grad, *ctx.saved_tensors, settings=ctx.settings, needs=needs)
+        return *grads[:2], None, None, None, *grads[2:], None
+
+
+# The operators that torch.compile, modes and torch.func see.
 
 
 @torch.library.custom_op("moe_triton::experts_ffn", mutates_args=())
@@ -222,7 +252,7 @@ def _experts_ffn_backward(
     settings = Settings(activation, interleaved, limit, alpha, weights_on_input, batch_invariant)
     plan = (pair_of_row, row_of_pair, offsets)
     projections = (up_proj, down_proj, up_bias, down_bias)
-    grads = backward(grad, x, weights, *plan, *projections, pre, settings, needs)
+    grads = backward(grad, x, weights, *plan, *projections, pre, settings, tuple(needs))
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # pyright: ignore[reportReturnType]
 
 

@@ -1,7 +1,7 @@
 """Every kernel of this package is launched here, on a device that is asked for its kind once."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)  # what triton.jit looks at when it is applied
@@ -72,20 +73,53 @@ def launch(
 
     The launch goes to the device of the first tensor, on torch's current stream.
     """
-    if 0 not in grid:
-        run(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages, **options)
+    if 0 in grid:
+        return
+    options |= {"num_warps": num_warps, "num_stages": num_stages}
+    if (launches := _recorded.get()) is None:
+        run(kernel, grid, arguments, **options)
+    else:
+        launches.append(Launch(kernel, grid, arguments, options))
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
-    """The launch itself; tests replace it to look at what would be launched."""
-    with _on_device_of(arguments):
-        kernel[grid](
+def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> Any:
+    """The launch itself, which gives the compiled kernel; tests replace it to see what would be launched."""
+    with on_device(next(a.device for a in arguments.values() if isinstance(a, Tensor))):
+        return kernel[grid](
             **arguments, **options, enable_fp_fusion=True
         )  # the default is about to change: triton 3.10
 
 
-def _on_device_of(arguments: Mapping[str, Any]):
-    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What `run` is called with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    options: Mapping[str, int]
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches that this thread asks for inside the block; none of them runs."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launches inside the block go to this device.
+
+    Raises:
+        RuntimeError: the device is no GPU, and the kernels are not interpreted.
+    """
     if device.type != "cuda":
         if not INTERPRETED:
             raise RuntimeError(
@@ -104,6 +138,28 @@ def is_plain(*leaves: Tensor | None) -> bool:
     Raises:
         NotImplementedError: a forward-mode derivative is asked for; it would silently be zero.
     """
+    return _is_real(*leaves) and not needs_grad(*leaves)
+
+
+def is_unwatched(*leaves: Tensor | None) -> bool:
+    """Whether autograd alone would see an operator: real tensors, nothing traced, no mode and no torch.func.
+
+    Raises:
+        NotImplementedError: as `is_plain`.
+    """
+    return _is_real(*leaves) and not (
+        is_in_torch_dispatch_mode()
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def needs_grad(*leaves: Tensor | None) -> bool:
+    """Whether a gradient of one of them is asked for."""
+    return torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+
+
+def _is_real(*leaves: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     given = [leaf for leaf in leaves if leaf is not None]
@@ -111,9 +167,7 @@ def is_plain(*leaves: Tensor | None) -> bool:
         raise NotImplementedError(
             'the Triton kernels have no forward-mode derivatives. Use backend="torch", or reverse mode.'
         )
-    if any(type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.is_meta for leaf in given):
-        return False
-    return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in given))
+    return all(type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.is_meta for leaf in given)
 
 
 def _has_tangent(leaf: Tensor) -> bool:

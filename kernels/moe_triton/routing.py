@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .checks import require_rank
 from .launch import ceil_div, is_plain, launch, power_of_2
+from .replay import replayed
 
 FEW_PAIRS = 4096  # p² comparisons cost less than three more launches up to here
 
@@ -111,6 +112,7 @@ def place_kernel(
     tl.store(pair_of_row_ptr + row, query.to(tl.int64), mask=query < P)
 
 
+@replayed()
 def sort_pairs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """`sort_by_expert` as launches, for tensors on any device."""
     experts = experts.contiguous()
