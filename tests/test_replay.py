@@ -219,6 +219,12 @@ CHANGES = {
 }
 
 
+def test_an_unknown_triton_is_called_as_it_documents(gpu, monkeypatch):
+    monkeypatch.setattr(replay, "CALLED_AS_KNOWN", False)
+    expected = by_triton(gpu, lambda: layer_notes(gpu, BASE))
+    assert [layer_notes(gpu, BASE) for _ in range(3)] == [expected] * 3
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_replayed_is_what_triton_would_launch(change, gpu, plays):
     other = replace(BASE, **CHANGES[change])
@@ -306,8 +312,8 @@ def test_launches_go_to_the_current_stream(gpu):
 def test_hooks_of_triton_are_called(gpu, monkeypatch):
     called: list[str] = []
     launches = [len(layer_notes(gpu, replace(BASE, train=False))) - 1 for _ in range(3)][-1]
-    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda _: called.append("enter"))
-    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", lambda _: called.append("exit"))
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [lambda _: called.append("enter")])
+    monkeypatch.setattr(knobs.runtime.launch_exit_hook, "calls", [lambda _: called.append("exit")])
     monkeypatch.setattr(linear_kernel, "pre_run_hooks", [lambda *_, **__: called.append("before")])
     layer_notes(gpu, replace(BASE, train=False))
     assert sorted(called) == ["before", *["enter"] * launches, *["exit"] * launches]

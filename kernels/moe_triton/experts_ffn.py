@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autocast import cast_to_autocast
 from .checks import check_experts_ffn
@@ -170,11 +169,11 @@ def empty_like_weight(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-class _Direct(torch.autograd.Function):
+class _Direct(torch.autograd.Function):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The kernels and autograd, nothing between: with few tokens an operator costs more than all launches."""
 
     @staticmethod
-    def forward(ctx, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         y, pre = forward(*inputs, keep_pre=True)
         *tensors, ctx.settings = inputs
         ctx.save_for_backward(*tensors, pre)
@@ -182,13 +181,16 @@ class _Direct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
         if grad is None:
             return (None,) * 10
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:9])
-        grads = backward(grad, *ctx.saved_tensors, settings=ctx.settings, needs=needs)
+        if torch.is_grad_enabled():  # a gradient of this gradient may be asked for: the operator refuses it
+            grads = _experts_ffn_backward(grad, *ctx.saved_tensors, *astuple(ctx.settings), list(needs))
+            grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+        else:
+            grads = backward(grad, *ctx.saved_tensors, settings=ctx.settings, needs=needs)
         return *grads[:2], None, None, None, *grads[2:], None
 
 
