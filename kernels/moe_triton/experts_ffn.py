@@ -20,7 +20,7 @@ from .launch import is_plain, is_unwatched, needs_grad, target_of
 from .linear import linear
 from .replay import replayed
 from .rows import expert_sums, gather_rows, row_dots, sum_rows, weight_grads
-from .settings import Settings, known_settings
+from .settings import Settings
 from .tiles import Plan
 from .up import up
 
@@ -57,7 +57,7 @@ def experts_ffn(
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown activation.
     """
     x, up_proj, down_proj, up_bias, down_bias = cast_to_autocast(x, up_proj, down_proj, up_bias, down_bias)
-    settings = known_settings(
+    settings = Settings(
         activation, interleaved, float(limit), float(alpha), weights_on_input, batch_invariant
     )
     plan = (pair_of_row.contiguous(), row_of_pair.contiguous(), offsets.contiguous())
