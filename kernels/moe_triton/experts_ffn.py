@@ -190,7 +190,7 @@ class _Direct(torch.autograd.Function):  # pyright: ignore[reportIncompatibleMet
             grads = _experts_ffn_backward(grad, *ctx.saved_tensors, *astuple(ctx.settings), list(needs))
             grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
         else:
-            grads = backward(grad, *ctx.saved_tensors, settings=ctx.settings, needs=needs)
+            grads = backward(in_rows(grad), *ctx.saved_tensors, settings=ctx.settings, needs=needs)
         return *grads[:2], None, None, None, *grads[2:], None
 
 

@@ -11,6 +11,7 @@ from .experts_ffn import empty_like_weight, in_rows
 from .grad_weight import grad_weight
 from .launch import is_plain, target_of
 from .linear import linear
+from .replay import replayed
 from .rows import expert_sums, zero_rest
 from .tiles import Plan
 
@@ -72,6 +73,7 @@ def _is_called_directly(*tensors: Tensor | None) -> bool:
     return is_plain(*tensors) and not is_in_torch_dispatch_mode()
 
 
+@replayed()
 def _product(what: Pass, rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     rows = in_rows(rows)
     y = linear(rows, weight, bias, _plan(rows, offsets), _config(what, rows, *weight.shape))

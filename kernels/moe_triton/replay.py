@@ -199,7 +199,10 @@ def _describe(tensor: Tensor, described: dict[str, Any]) -> TensorDescriptor:
 P = ParamSpec("P")
 R = TypeVar("R")
 RUN = launch.run
-_kinds: list[dict[Any, Tape | None]] = []  # of each function, those of its calls that have been met
+Kinds = dict[
+    Any, "Tape | bool"
+]  # those of a function's calls that have been met; False: without a tape for ever
+_kinds: list[Kinds] = []
 
 
 def replayed(
@@ -213,7 +216,7 @@ def replayed(
     """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
-        kinds: dict[Any, Tape | None] = {}
+        kinds: Kinds = {}
         _kinds.append(kinds)
 
         @wraps(function)
@@ -233,39 +236,25 @@ def replayed(
                 check(*args)
                 return function(*args, **options)
             key = (*kind, *_surroundings(device, tensors[0].dtype))
-            if (tape := kinds.get(key)) is None:
+            if (tape := kinds.get(key)) is True:
+                tape = kinds[key] = _rehearse(function, args, options)
+            if not isinstance(tape, Tape):
                 check(*args)
-                if (tape := _tape(kinds, key, function, args, options)) is None:
-                    return function(*args, **options)
+                if tape is None:  # it may never come again
+                    if len(kinds) >= MOST_KINDS:
+                        kinds.clear()
+                    kinds[key] = True
+                return function(*args, **options)
             try:
                 with launch.on_device(device):
                     return tape.play(tensors, addresses)
             except NotReplayableError:
+                kinds[key] = False
                 return function(*args, **options)
 
         return call
 
     return wrap
-
-
-def _tape(
-    kinds: dict[Any, Tape | None],
-    kind: tuple[Any, ...],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-) -> Tape | None:
-    """A tape for a call of a kind that has been met before, if one can be made."""
-    if kind not in kinds:
-        if len(kinds) >= MOST_KINDS:
-            kinds.clear()
-        kinds[kind] = None
-        return None
-    try:
-        kinds[kind] = _rehearse(function, args, options)
-    except NotReplayableError:
-        return None
-    return kinds[kind]
 
 
 def forget() -> None:
@@ -297,16 +286,23 @@ def _surroundings(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
-def _rehearse(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Tape:
-    """The tape of a call, made with tensors of the same kind without memory."""
+def _rehearse(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Tape | bool:
+    """The tape of a call, made with tensors of the same kind without memory; False where there is none."""
     twins = [
         torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
         for a in args
     ]
     inputs = [twin for twin in twins if isinstance(twin, Tensor)]
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with pretend(target_of(device)), recorded() as launches, _Watch(inputs, launches) as watch:
-        result = function(*twins, **options)
+    try:
+        with pretend(target_of(device)), recorded() as launches, _Watch(inputs, launches) as watch:
+            result = function(*twins, **options)
+        return _write_tape(watch, launches, result, len(inputs))
+    except NotReplayableError:
+        return False
+
+
+def _write_tape(watch: "_Watch", launches: list[Launch], result: Any, inputs: int) -> Tape:
     steps = []
     for at, one in enumerate(launches):
         views = {}
@@ -318,7 +314,7 @@ def _rehearse(function: Callable[..., Any], args: tuple[Any, ...], options: dict
     last = [new for new in watch.allocated if new.after == len(launches)]
     results = result if type(result) is tuple else (result,)
     returned = tuple(map(watch.view, results))
-    _free(steps, returned, len(inputs))
+    _free(steps, returned, inputs)
     return Tape(steps, last, len(watch.allocated), returned, is_tuple=type(result) is tuple)
 
 
