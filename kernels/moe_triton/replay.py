@@ -337,6 +337,10 @@ class _Watch(TorchDispatchMode):
         self.tensors = list(inputs)  # kept, so that no memory takes another's place
         self.numbers = {_storage(tensor): number for number, tensor in enumerate(inputs)}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is traced in here, and torch would load its compiler for a second to make sure
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATIONS and result.is_contiguous():
