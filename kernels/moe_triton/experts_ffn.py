@@ -14,6 +14,7 @@ from torch import Tensor
 from .autocast import cast_to_autocast
 from .checks import check_experts_ffn
 from .config import Pass, choose_config
+from .direct import is_last
 from .grad_pre import grad_pre
 from .grad_weight import grad_weight
 from .launch import is_plain, is_unwatched, needs_grad, target_of
@@ -170,7 +171,7 @@ def empty_like_weight(weight: Tensor) -> Tensor:
 
 
 class _Direct(torch.autograd.Function):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """The kernels and autograd, nothing between: with few tokens an operator costs more than all launches."""
+    """Autograd and the kernels, nothing between (`direct`); the settings stay together."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -186,11 +187,11 @@ class _Direct(torch.autograd.Function):  # pyright: ignore[reportIncompatibleMet
         if grad is None:
             return (None,) * 10
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:9])
-        if torch.is_grad_enabled():  # a gradient of this gradient may be asked for: the operator refuses it
+        if is_last(grad):
+            grads = backward(in_rows(grad), *ctx.saved_tensors, settings=ctx.settings, needs=needs)
+        else:
             grads = _experts_ffn_backward(grad, *ctx.saved_tensors, *astuple(ctx.settings), list(needs))
             grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-        else:
-            grads = backward(in_rows(grad), *ctx.saved_tensors, settings=ctx.settings, needs=needs)
         return *grads[:2], None, None, None, *grads[2:], None
 
 

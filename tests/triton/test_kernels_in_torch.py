@@ -119,6 +119,16 @@ def test_the_gradient_of_a_gradient_is_refused(loss, form):
         (grad.sum() + leaves["x"].sum()).backward()
 
 
+@pytest.mark.parametrize("form", [by_ops, by_composition], ids=["experts_ffn", "level 1"])
+def test_autograd_calls_the_kernels_itself_where_nobody_else_looks(form):
+    problem = some_dropped().on(DEVICE)
+    leaves = {name: leaf.requires_grad_() for name, leaf in problem.leaves.items()}
+    assert "Direct" in form(moe_triton)(problem, **leaves).grad_fn.name()
+    with Recorder() as recorder:
+        assert "Direct" not in form(moe_triton)(problem, **leaves).grad_fn.name()
+    assert recorder.calls
+
+
 @torch_may_warn
 def test_forward_mode_derivatives_are_refused():
     """No operator of torch.library has them: they would silently be zero."""
