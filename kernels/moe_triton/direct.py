@@ -37,5 +37,5 @@ def direct(
 
 
 def is_last(grad: Tensor) -> bool:
-    """Whether kernels may compute a gradient. Elsewhere the operator refuses a gradient of it, or is traced."""
+    """Whether kernels may compute a gradient: nobody asks for a gradient of that, which operators refuse."""
     return not torch.is_grad_enabled() and is_unwatched(grad)

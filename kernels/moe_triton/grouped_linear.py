@@ -137,12 +137,10 @@ def _grads(
     return of_rows, of_weight, of_bias
 
 
-_grouped_linear_backward = torch.library.custom_op(
-    "moe_triton::grouped_linear_backward", _grads, mutates_args=()
-)
+_backward = torch.library.custom_op("moe_triton::grouped_linear_backward", _grads, mutates_args=())
 
 
-@_grouped_linear_backward.register_fake
+@_backward.register_fake
 def _(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs: list[bool]):
     needs_rows, needs_weight, needs_bias = needs
     return (
@@ -156,7 +154,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _autograd(ctx, grad: Tensor, backward=_grouped_linear_backward):
+def _autograd(ctx, grad: Tensor, backward=_backward):
     rows, weight, offsets = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = backward(grad, rows, weight, offsets, needs)
@@ -167,7 +165,7 @@ def _autograd(ctx, grad: Tensor, backward=_grouped_linear_backward):
 _grouped_linear.register_autograd(_autograd, setup_context=_setup)
 _direct = direct(
     lambda rows, weight, offsets, bias: _product("down", rows, weight, offsets, bias),
-    _setup, _autograd, _grouped_linear_backward, _grads,
+    _setup, _autograd, _backward, _grads,
 )  # fmt: skip
 
 
