@@ -177,7 +177,7 @@ def layer(
     if train:
         _, pre = forward(*arguments, settings, keep_pre=True)
         assert pre is not None
-        backward(meta(tokens, d, dtype=dtype), *arguments, pre, settings, [True] * 4 + [bias] * 2)
+        backward(meta(tokens, d, dtype=dtype), *arguments, pre, settings, (True,) * 4 + (bias,) * 2)
 
 
 def persistent(shape: Shape, tokens: int) -> None:

@@ -219,6 +219,12 @@ CHANGES = {
 }
 
 
+def test_an_unknown_triton_is_called_as_it_documents(gpu, monkeypatch):
+    monkeypatch.setattr(replay, "CALLED_AS_KNOWN", False)
+    expected = by_triton(gpu, lambda: layer_notes(gpu, BASE))
+    assert [layer_notes(gpu, BASE) for _ in range(3)] == [expected] * 3
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_replayed_is_what_triton_would_launch(change, gpu, plays):
     other = replace(BASE, **CHANGES[change])
@@ -297,6 +303,24 @@ def test_rows_of_a_table_that_were_written_meanwhile_are_taken(gpu, tmp_path, mo
     assert layer_notes(gpu, case) == expected[2]
 
 
+def test_a_gradient_that_is_expanded_is_replayed_too(gpu, plays):
+    given = inputs(BASE)
+    for _ in range(3):
+        moe_triton.experts_ffn(**given).sum().backward()
+    assert len(plays) == 4, "two forward, two backward"
+
+
+def test_a_product_of_level_1_is_replayed(gpu, plays):
+    given = {
+        "rows": torch.zeros(6, 64),
+        "weight": torch.zeros(4, 32, 64),
+        "offsets": torch.zeros(5, dtype=torch.int64),
+    }
+    expected, *notes = (notes_of(gpu, lambda: (moe_triton.grouped_linear(**given),), given) for _ in range(4))
+    assert notes == [expected] * 3
+    assert len(plays) == 3
+
+
 def test_launches_go_to_the_current_stream(gpu):
     for stream in (7, 7, 7, 8, 9):
         gpu.stream = stream
@@ -306,8 +330,8 @@ def test_launches_go_to_the_current_stream(gpu):
 def test_hooks_of_triton_are_called(gpu, monkeypatch):
     called: list[str] = []
     launches = [len(layer_notes(gpu, replace(BASE, train=False))) - 1 for _ in range(3)][-1]
-    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda _: called.append("enter"))
-    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", lambda _: called.append("exit"))
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [lambda _: called.append("enter")])
+    monkeypatch.setattr(knobs.runtime.launch_exit_hook, "calls", [lambda _: called.append("exit")])
     monkeypatch.setattr(linear_kernel, "pre_run_hooks", [lambda *_, **__: called.append("before")])
     layer_notes(gpu, replace(BASE, train=False))
     assert sorted(called) == ["before", *["enter"] * launches, *["exit"] * launches]
@@ -334,10 +358,12 @@ def fill(x):
 
 @pytest.mark.parametrize("function", [add, add_in_place, fill])
 def test_a_function_that_does_more_than_launch_is_never_replayed(function, gpu, plays):
-    double = replay.replayed()(function)
-    for value in (1.0, 2.0, 3.0):
+    called: list[Tensor] = []
+    double = replay.replayed()(lambda x: (called.append(x), function(x))[1])
+    for value in (1.0, 2.0, 3.0, 4.0):
         assert double(torch.full((4,), value)).tolist() == [2 * value] * 4
     assert not plays
+    assert [x.is_meta for x in called] == [False, True, False, False, False], "rehearsed once"
 
 
 def test_tensors_on_another_device_are_checked_again(gpu):
@@ -346,7 +372,7 @@ def test_tensors_on_another_device_are_checked_again(gpu):
     for _ in range(4):
         call(torch.zeros(4), torch.zeros(4))
     call(torch.zeros(4), torch.zeros(4, device="meta"))
-    assert [device.type for device in checked] == ["cpu", "cpu", "meta"]
+    assert [device.type for device in checked] == ["cpu", "meta"]
 
 
 def test_a_replaced_launch_is_met(gpu, plays, monkeypatch):

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, is_plain, launch
+from .direct import direct
+from .launch import ceil_div, is_plain, is_unwatched, launch
 
 GATED = ("swiglu", "geglu", "clamped_swiglu")
 ACTIVATIONS = (*GATED, "relu2", "gelu")
@@ -128,7 +129,7 @@ def activate(
     arguments = (activation, interleaved, float(limit), float(alpha))
     if is_plain(pre):
         return _forward(pre, *arguments)
-    return _activate(pre, *arguments)
+    return (_activate_direct if is_unwatched(pre) else _activate)(pre, *arguments)
 
 
 def check_activation(activation: str) -> None:
@@ -185,14 +186,16 @@ def _(pre: Tensor, activation: str, *settings) -> Tensor:
     return pre.new_empty(_hidden_shape(pre, activation))
 
 
-@torch.library.custom_op("moe_triton::activate_backward", mutates_args=())
-def _activate_backward(
+def _activate_grad(
     grad: Tensor, pre: Tensor, activation: str, interleaved: bool, limit: float, alpha: float
 ) -> Tensor:
     of_pre = pre.new_empty(pre.shape)
     grad = grad.contiguous()
     _launch(pre.contiguous(), grad, of_pre, grad.numel(), activation, interleaved, limit, alpha)
     return of_pre
+
+
+_activate_backward = torch.library.custom_op("moe_triton::activate_backward", _activate_grad, mutates_args=())
 
 
 @_activate_backward.register_fake
@@ -205,8 +208,9 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(pre)
 
 
-def _autograd(ctx, grad: Tensor):
-    return _activate_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+def _autograd(ctx, grad: Tensor, backward=_activate_backward):
+    return backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 _activate.register_autograd(_autograd, setup_context=_setup)
+_activate_direct = direct(_forward, _setup, _autograd, _activate_backward, _activate_grad)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .checks import require_device, require_integers, require_rank, require_shape
-from .launch import is_plain
+from .direct import direct
+from .launch import is_plain, is_unwatched
 from .rows import combine_grads, gather_rows, sum_rows
 
 
@@ -21,7 +22,7 @@ def dispatch(x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, top_k: int) ->
     pair_of_row, row_of_pair = pair_of_row.contiguous(), row_of_pair.contiguous()
     if is_plain(x):
         return _gather(x, pair_of_row, top_k)
-    return _dispatch(x, pair_of_row, row_of_pair, top_k)
+    return (_dispatch_direct if is_unwatched(x) else _dispatch)(x, pair_of_row, row_of_pair, top_k)
 
 
 def combine(rows: Tensor, weights: Tensor, row_of_pair: Tensor, offsets: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def combine(rows: Tensor, weights: Tensor, row_of_pair: Tensor, offsets: Tensor)
     row_of_pair = row_of_pair.contiguous()
     if is_plain(rows, weights):
         return _sum(rows, weights, row_of_pair, offsets)
-    return _combine(rows, weights, row_of_pair, offsets)
+    return (_combine_direct if is_unwatched(rows, weights) else _combine)(rows, weights, row_of_pair, offsets)
 
 
 def _gather(x: Tensor, pair_of_row: Tensor, top_k: int) -> Tensor:
@@ -68,9 +69,11 @@ def _dispatch_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(row_of_pair)
 
 
-@torch.library.custom_op("moe_triton::dispatch_backward", mutates_args=())
-def _dispatch_backward(grad: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
+def _dispatch_grad(grad: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
     return sum_rows(grad.contiguous(), row_of_pair, None, top_k, None)
+
+
+_dispatch_backward = torch.library.custom_op("moe_triton::dispatch_backward", _dispatch_grad, mutates_args=())
 
 
 @_dispatch_backward.register_fake
@@ -78,11 +81,15 @@ def _(grad: Tensor, row_of_pair: Tensor, top_k: int) -> Tensor:
     return grad.new_empty(row_of_pair.shape[0] // top_k, grad.shape[1])
 
 
-def _dispatch_autograd(ctx, grad: Tensor):
-    return _dispatch_backward(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
+def _dispatch_autograd(ctx, grad: Tensor, backward=_dispatch_backward):
+    return backward(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
 
 
 _dispatch.register_autograd(_dispatch_autograd, setup_context=_dispatch_setup)
+_dispatch_direct = direct(
+    lambda x, pair_of_row, _, top_k: _gather(x, pair_of_row, top_k),
+    _dispatch_setup, _dispatch_autograd, _dispatch_backward, _dispatch_grad,
+)  # fmt: skip
 
 
 @torch.library.custom_op("moe_triton::combine", mutates_args=())
@@ -95,13 +102,15 @@ def _(rows: Tensor, weights: Tensor, row_of_pair: Tensor, offsets: Tensor) -> Te
     return rows.new_empty(weights.shape[0], rows.shape[1])
 
 
-@torch.library.custom_op("moe_triton::combine_backward", mutates_args=())
-def _combine_backward(
+def _combine_grads(
     grad: Tensor, rows: Tensor, weights: Tensor, row_of_pair: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     pair_of_row = torch.empty_like(row_of_pair)
     pair_of_row[row_of_pair] = torch.arange(row_of_pair.shape[0], device=row_of_pair.device)
     return combine_grads(grad.contiguous(), rows.contiguous(), weights.contiguous(), pair_of_row, offsets)
+
+
+_combine_backward = torch.library.custom_op("moe_triton::combine_backward", _combine_grads, mutates_args=())
 
 
 @_combine_backward.register_fake
@@ -113,8 +122,9 @@ def _combine_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _combine_autograd(ctx, grad: Tensor):
-    return *_combine_backward(grad, *ctx.saved_tensors), None, None
+def _combine_autograd(ctx, grad: Tensor, backward=_combine_backward):
+    return *backward(grad, *ctx.saved_tensors), None, None
 
 
 _combine.register_autograd(_combine_autograd, setup_context=_combine_setup)
+_combine_direct = direct(_sum, _combine_setup, _combine_autograd, _combine_backward, _combine_grads)

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autocast import cast_to_autocast
 from .checks import check_experts_ffn
 from .config import Pass, choose_config
+from .direct import is_last
 from .grad_pre import grad_pre
 from .grad_weight import grad_weight
 from .launch import is_plain, is_unwatched, needs_grad, target_of
 from .linear import linear
 from .replay import replayed
 from .rows import expert_sums, gather_rows, row_dots, sum_rows, weight_grads
-from .settings import Settings, known_settings
+from .settings import Settings
 from .tiles import Plan
 from .up import up
 
@@ -58,7 +58,7 @@ def experts_ffn(
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown activation.
     """
     x, up_proj, down_proj, up_bias, down_bias = cast_to_autocast(x, up_proj, down_proj, up_bias, down_bias)
-    settings = known_settings(
+    settings = Settings(
         activation, interleaved, float(limit), float(alpha), weights_on_input, batch_invariant
     )
     plan = (pair_of_row.contiguous(), row_of_pair.contiguous(), offsets.contiguous())
@@ -170,11 +170,11 @@ def empty_like_weight(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-class _Direct(torch.autograd.Function):
-    """The kernels and autograd, nothing between: with few tokens an operator costs more than all launches."""
+class _Direct(torch.autograd.Function):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Autograd and the kernels, nothing between (`direct`); the settings stay together."""
 
     @staticmethod
-    def forward(ctx, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         y, pre = forward(*inputs, keep_pre=True)
         *tensors, ctx.settings = inputs
         ctx.save_for_backward(*tensors, pre)
@@ -182,13 +182,16 @@ class _Direct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
         if grad is None:
             return (None,) * 10
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:9])
-        grads = backward(grad, *ctx.saved_tensors, settings=ctx.settings, needs=needs)
+        if is_last(grad):
+            grads = backward(in_rows(grad), *ctx.saved_tensors, settings=ctx.settings, needs=needs)
+        else:
+            grads = _experts_ffn_backward(grad, *ctx.saved_tensors, *astuple(ctx.settings), list(needs))
+            grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
         return *grads[:2], None, None, None, *grads[2:], None
 
 

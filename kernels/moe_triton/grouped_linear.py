@@ -7,10 +7,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .autocast import cast_to_autocast
 from .checks import check_grad_weight, check_grouped_linear, require_rank
 from .config import Config, Pass, choose_config
+from .direct import direct
 from .experts_ffn import empty_like_weight, in_rows
 from .grad_weight import grad_weight
-from .launch import is_plain, target_of
+from .launch import is_plain, is_unwatched, target_of
 from .linear import linear
+from .replay import replayed
 from .rows import expert_sums, zero_rest
 from .tiles import Plan
 
@@ -30,7 +32,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor |
     offsets = offsets.contiguous()
     if is_plain(rows, weight, bias):
         return _product("down", rows, weight, offsets, bias)
-    return _grouped_linear(rows, weight, offsets, bias)
+    return (_direct if is_unwatched(rows, weight, bias) else _grouped_linear)(rows, weight, offsets, bias)
 
 
 def grouped_linear_grad_rows(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -72,6 +74,7 @@ def _is_called_directly(*tensors: Tensor | None) -> bool:
     return is_plain(*tensors) and not is_in_torch_dispatch_mode()
 
 
+@replayed()
 def _product(what: Pass, rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     rows = in_rows(rows)
     y = linear(rows, weight, bias, _plan(rows, offsets), _config(what, rows, *weight.shape))
@@ -118,8 +121,7 @@ def _(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Ten
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("moe_triton::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(
+def _grads(
     grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, weight and bias; empty where not needed."""
@@ -135,7 +137,10 @@ def _grouped_linear_backward(
     return of_rows, of_weight, of_bias
 
 
-@_grouped_linear_backward.register_fake
+_backward = torch.library.custom_op("moe_triton::grouped_linear_backward", _grads, mutates_args=())
+
+
+@_backward.register_fake
 def _(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs: list[bool]):
     needs_rows, needs_weight, needs_bias = needs
     return (
@@ -149,15 +154,19 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _autograd(ctx, grad: Tensor):
+def _autograd(ctx, grad: Tensor, backward=_backward):
     rows, weight, offsets = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = _grouped_linear_backward(grad, rows, weight, offsets, needs)
+    grads = backward(grad, rows, weight, offsets, needs)
     of_rows, of_weight, of_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return of_rows, of_weight, None, of_bias
 
 
 _grouped_linear.register_autograd(_autograd, setup_context=_setup)
+_direct = direct(
+    lambda rows, weight, offsets, bias: _product("down", rows, weight, offsets, bias),
+    _setup, _autograd, _backward, _grads,
+)  # fmt: skip
 
 
 # The gradients by name: no gradient of a gradient is offered.

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
@@ -29,6 +30,8 @@ from .launch import INTERPRETED, Launch, pretend, recorded, target_of
 from .tiles import precision
 
 MOST_KINDS = 1024  # of calls to one function that are remembered, before all of them are forgotten
+# How a compiled kernel's `run` is called is known for these versions; others are launched by `kernel[grid]`.
+CALLED_AS_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
 
 
@@ -77,6 +80,36 @@ class Allocation:
         return tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A compiled kernel and its arguments in order.
+
+    pointers     (place among the arguments, tensor, bytes from the tensor's start)
+    descriptors  (place, what is described, everything else of the descriptor)
+    """
+
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]
+    descriptors: list[tuple[int, View, dict[str, Any]]]
+
+    def launch(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        """Launch it with these tensors."""
+        values = self.values.copy()
+        for place, number, start in self.pointers:
+            values[place] = addresses[number] + start
+        for place, view, described in self.descriptors:
+            values[place] = _describe(view.within(tensors) if view.start else tensors[view.of], described)
+        compiled: Any = self.compiled
+        if not CALLED_AS_KNOWN or _has_hooks():
+            compiled[self.grid](*values, stream=stream)
+        else:  # what that does, less the hooks, which cost as much as the rest where there are none
+            compiled.run(
+                *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
+            )
+
+
 @dataclass(slots=True)
 class Step:
     """One launch, its tensors as views, what is allocated before it, and the numbers freed after it."""
@@ -85,46 +118,35 @@ class Step:
     views: dict[str, View]
     allocated: list[Allocation]
     freed: list[int] = field(default_factory=list)
-    # Once compiled: what launches it, its arguments in order, and which of them are pointers (place, tensor,
-    # bytes from the tensor's start) or descriptors.
-    runner: Callable[..., None] | None = None
-    values: list[Any] = field(default_factory=list)
-    pointers: list[tuple[int, int, int]] = field(default_factory=list)
-    descriptors: list[tuple[int, View, dict[str, Any]]] = field(default_factory=list)
+    ready: Ready | None = None
 
     def play(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         """Launch the compiled kernel, or let Triton compile it."""
-        if self.runner is None or self.launch.kernel.pre_run_hooks:
-            return self.run(tensors)
-        values = self.values.copy()
-        for place, number, start in self.pointers:
-            values[place] = addresses[number] + start
-        for place, view, described in self.descriptors:
-            values[place] = _describe(view.within(tensors) if view.start else tensors[view.of], described)
-        return self.runner(*values, stream=stream)
+        if self.ready is None or self.launch.kernel.pre_run_hooks:
+            self._compile(tensors)
+        else:
+            self.ready.launch(tensors, addresses, stream)
 
-    def run(self, tensors: list[Any]) -> None:
-        """Launch by way of Triton, and keep the compiled kernel."""
+    def _compile(self, tensors: list[Any]) -> None:
         kernel, arguments = self.launch.kernel, dict(self.launch.arguments)
         for name, view in self.views.items():
             value, tensor = arguments[name], view.within(tensors)
             is_described = isinstance(value, TensorDescriptor)
             arguments[name] = replace(value, base=tensor) if is_described else tensor
         compiled = launch.run(kernel, self.launch.grid, arguments, **self.launch.options)
-        if type(compiled) is CompiledKernel:
-            self._keep(compiled, [arguments[name] for name in kernel.arg_names])
-
-    def _keep(self, compiled: CompiledKernel, values: list[Any]) -> None:
-        self.pointers, self.descriptors = [], []
-        for place, name in enumerate(self.launch.kernel.arg_names):
+        if type(compiled) is not CompiledKernel:  # a hook of Triton, or one that is still being compiled
+            return
+        values, pointers, descriptors = [arguments[name] for name in kernel.arg_names], [], []
+        for place, name in enumerate(kernel.arg_names):
             if (view := self.views.get(name)) is None:
                 continue
             value, values[place] = values[place], None
             if isinstance(value, TensorDescriptor):
-                self.descriptors.append((place, view, vars(value) | {"base": None}))
+                descriptors.append((place, view, vars(value) | {"base": None}))
             else:
-                self.pointers.append((place, view.of, view.start * value.element_size()))
-        self.values, self.runner = values, compiled[(*self.launch.grid, 1, 1)[:3]]
+                pointers.append((place, view.of, view.start * value.element_size()))
+        x, y, z = (*self.launch.grid, 1, 1)[:3]
+        self.ready = Ready(compiled, (x, y, z), values, pointers, descriptors)
 
 
 @dataclass(slots=True)
@@ -161,6 +183,11 @@ class Tape:
         return results if self.is_tuple else results[0]
 
 
+def _has_hooks() -> bool:
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 def _describe(tensor: Tensor, described: dict[str, Any]) -> TensorDescriptor:
     """A descriptor like one that has been checked: the usual way checks it again."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
@@ -172,7 +199,10 @@ def _describe(tensor: Tensor, described: dict[str, Any]) -> TensorDescriptor:
 P = ParamSpec("P")
 R = TypeVar("R")
 RUN = launch.run
-_kinds: list[dict[Any, Tape | None]] = []  # of each function, those of its calls that have been met
+Kinds = dict[
+    Any, "Tape | bool"
+]  # those of a function's calls that have been met; False: without a tape for ever
+_kinds: list[Kinds] = []
 
 
 def replayed(
@@ -186,12 +216,13 @@ def replayed(
     """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
-        kinds: dict[Any, Tape | None] = {}
+        kinds: Kinds = {}
         _kinds.append(kinds)
 
         @wraps(function)
         def call(*args: P.args, **options: P.kwargs) -> R:
-            tensors, addresses, off, kind = [], [], 0, [*options.items()]
+            tensors, addresses, off = [], [], 0
+            kind: list[Any] = [*options.items()]
             for arg in args:
                 if isinstance(arg, Tensor):
                     tensors.append(arg)
@@ -204,40 +235,26 @@ def replayed(
             if off % 16 or not _is_replayable(device):
                 check(*args)
                 return function(*args, **options)
-            kind = (*kind, *_surroundings(device, tensors[0].dtype))
-            if (tape := kinds.get(kind)) is None:
+            key = (*kind, *_surroundings(device, tensors[0].dtype))
+            if (tape := kinds.get(key)) is True:
+                tape = kinds[key] = _rehearse(function, args, options)
+            if not isinstance(tape, Tape):
                 check(*args)
-                if (tape := _tape(kinds, kind, function, args, options)) is None:
-                    return function(*args, **options)
+                if tape is None:  # it may never come again
+                    if len(kinds) >= MOST_KINDS:
+                        kinds.clear()
+                    kinds[key] = True
+                return function(*args, **options)
             try:
                 with launch.on_device(device):
                     return tape.play(tensors, addresses)
             except NotReplayableError:
+                kinds[key] = False
                 return function(*args, **options)
 
         return call
 
     return wrap
-
-
-def _tape(
-    kinds: dict[Any, Tape | None],
-    kind: tuple[Any, ...],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-) -> Tape | None:
-    """A tape for a call of a kind that has been met before, if one can be made."""
-    if kind not in kinds:
-        if len(kinds) >= MOST_KINDS:
-            kinds.clear()
-        kinds[kind] = None
-        return None
-    try:
-        kinds[kind] = _rehearse(function, args, options)
-    except NotReplayableError:
-        return None
-    return kinds[kind]
 
 
 def forget() -> None:
@@ -269,16 +286,23 @@ def _surroundings(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
-def _rehearse(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Tape:
-    """The tape of a call, made with tensors of the same kind without memory."""
+def _rehearse(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Tape | bool:
+    """The tape of a call, made with tensors of the same kind without memory; False where there is none."""
     twins = [
         torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
         for a in args
     ]
     inputs = [twin for twin in twins if isinstance(twin, Tensor)]
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with pretend(target_of(device)), recorded() as launches, _Watch(inputs, launches) as watch:
-        result = function(*twins, **options)
+    try:
+        with pretend(target_of(device)), recorded() as launches, _Watch(inputs, launches) as watch:
+            result = function(*twins, **options)
+        return _write_tape(watch, launches, result, len(inputs))
+    except NotReplayableError:
+        return False
+
+
+def _write_tape(watch: "_Watch", launches: list[Launch], result: Any, inputs: int) -> Tape:
     steps = []
     for at, one in enumerate(launches):
         views = {}
@@ -290,7 +314,7 @@ def _rehearse(function: Callable[..., Any], args: tuple[Any, ...], options: dict
     last = [new for new in watch.allocated if new.after == len(launches)]
     results = result if type(result) is tuple else (result,)
     returned = tuple(map(watch.view, results))
-    _free(steps, returned, len(inputs))
+    _free(steps, returned, inputs)
     return Tape(steps, last, len(watch.allocated), returned, is_tuple=type(result) is tuple)
 
 
@@ -312,6 +336,10 @@ class _Watch(TorchDispatchMode):
         self.allocated: list[Allocation] = []
         self.tensors = list(inputs)  # kept, so that no memory takes another's place
         self.numbers = {_storage(tensor): number for number, tensor in enumerate(inputs)}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is traced in here, and torch would load its compiler for a second to make sure
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

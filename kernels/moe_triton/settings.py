@@ -1,7 +1,6 @@
 """What a call asks for besides its tensors."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from .activation import GATED
@@ -24,6 +23,3 @@ class Settings:
         if self.activation not in GATED:
             return "none"
         return "pairs" if self.interleaved else "halves"
-
-
-known_settings = lru_cache(maxsize=1024, typed=True)(Settings)  # equal ones are the same one, found sooner

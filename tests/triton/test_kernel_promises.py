@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import moe_triton
+from moe_triton import replay
 
 TOKENS = 40 if INTERPRETED else 300
 
@@ -43,6 +44,24 @@ def test_the_same_inputs_give_the_same_bits_in_any_order_of_programs(dtype, weig
         run_last_program_first(monkeypatch)
     for _ in range(1 if INTERPRETED else 5):
         assert_same_bits(kernels(problem), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_calls_that_come_again_look_at_their_own_tensors(dtype, monkeypatch):
+    """A replay (moe_triton.replay) knows shapes and takes the memory of the call; three layers take turns."""
+    experts = [random_experts(TOKENS, 2, 4, seed) for seed in range(3)]
+    problems = [make_problem(e, 4, 64, 48, dtype=dtype, seed=seed) for seed, e in enumerate(experts)]
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "_is_replayable", lambda _: False)
+        first = [kernels(problem) for problem in problems]
+    played = []
+    play = replay.Tape.play
+    monkeypatch.setattr(replay.Tape, "play", lambda tape, *given: (played.append(1), play(tape, *given))[1])
+    for _ in range(4):
+        for problem, solution in zip(problems, first, strict=True):
+            assert_same_bits(kernels(problem), solution)
+    assert len(played) == 2 * (4 * 3 - 1), "all but the first, forward and backward"
 
 
 def picked(problem, tokens):

@@ -107,13 +107,26 @@ def test_custom_operators_keep_their_promises_to_torch(name):
     torch.library.opcheck(func, args, {key: fresh(value, requires_grad) for key, value in kwargs.items()})
 
 
-def test_the_gradient_of_a_gradient_is_refused():
+@pytest.mark.parametrize("form", [by_ops, by_composition], ids=["experts_ffn", "level 1"])
+@pytest.mark.parametrize("loss", [lambda y: y.square().sum(), lambda y: y.sum()], ids=["square", "linear"])
+def test_the_gradient_of_a_gradient_is_refused(loss, form):
+    """Also where the gradient that comes in is a constant: beside another term it would silently be zero."""
     problem = some_dropped().on(DEVICE)
     leaves = {name: leaf.requires_grad_() for name, leaf in problem.leaves.items()}
-    y = by_ops(moe_triton)(problem, **leaves)
+    y = form(moe_triton)(problem, **leaves)
     with pytest.raises(RuntimeError):
-        (grad,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
-        grad.sum().backward()
+        (grad,) = torch.autograd.grad(loss(y), leaves["x"], create_graph=True)
+        (grad.sum() + leaves["x"].sum()).backward()
+
+
+@pytest.mark.parametrize("form", [by_ops, by_composition], ids=["experts_ffn", "level 1"])
+def test_autograd_calls_the_kernels_itself_where_nobody_else_looks(form):
+    problem = some_dropped().on(DEVICE)
+    leaves = {name: leaf.requires_grad_() for name, leaf in problem.leaves.items()}
+    assert "Direct" in form(moe_triton)(problem, **leaves).grad_fn.name()
+    with Recorder() as recorder:
+        assert "Direct" not in form(moe_triton)(problem, **leaves).grad_fn.name()
+    assert recorder.calls
 
 
 @torch_may_warn
