@@ -20,6 +20,7 @@ from .launch import ceil_div, launch, target_of
 from .settings import Settings
 from .tiles import (
     Plan,
+    eighths,
     find_tile,
     load_columns,
     load_weight,
@@ -83,7 +84,7 @@ def grad_pre_kernel(
 ):  # fmt: skip
     """w is W_down as (e h d); parts (OUT_TILES p) are the gradients of s, one part for each tile of h.
 
-    The tile is finished a quarter of its columns at a time: pre, hidden and their gradients of a whole tile
+    The tile is finished some columns at a time, at most 32 of them: pre, hidden and their gradients of a whole tile
     would need six times the registers of the accumulator.
     """
     expert, row, end, out_tile = find_tile(
@@ -106,11 +107,12 @@ def grad_pre_kernel(
         has_row = (rows < end)[:, None]
         scale = tl.load(weights_ptr + pairs).to(tl.float32)[:, None] if SCALE else 1.0
         part = tl.zeros((ROWS,), tl.float32)
-        pieces = quarters(acc, ROWS, OUTS)
-        for i in tl.static_range(4):
+        pieces = eighths(acc, ROWS, OUTS) if OUTS > 128 else quarters(acc, ROWS, OUTS)
+        COUNT: tl.constexpr = 8 if OUTS > 128 else 4
+        for i in tl.static_range(COUNT):
             part += finish_columns(
-                pieces[i], scale, row_start, has_row, out_tile * OUTS + i * (OUTS // 4), pre_ptr,
-                grad_pre_ptr, hidden_ptr, H, limit, alpha, ACTIVATION, GATE, SCALE, ROWS, OUTS // 4,
+                pieces[i], scale, row_start, has_row, out_tile * OUTS + i * (OUTS // COUNT), pre_ptr,
+                grad_pre_ptr, hidden_ptr, H, limit, alpha, ACTIVATION, GATE, SCALE, ROWS, OUTS // COUNT,
             )  # fmt: skip
         if SCALE:
             tl.store(parts_ptr + out_tile.to(tl.int64) * P + rows, part, mask=rows < end)

@@ -48,11 +48,14 @@ def grad_weight_kernel(
     a_ptr, a_tma, b_ptr, b_tma, out_ptr, out_tma, pair_of_row_ptr, offsets_ptr, O, I, OUT_TILES, IN_TILES,
     a_stride, b_stride, out_stride_e, out_stride_o, out_stride_i,
     TOP_K: tl.constexpr, A_GATHER: tl.constexpr, B_GATHER: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr, SWAP: tl.constexpr,
     EVEN_O: tl.constexpr, EVEN_I: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles run over the experts in order; inside an expert GROUP output tiles run side by side."""
+    """Tiles run over the experts in order; inside an expert GROUP output tiles run side by side.
+
+    SWAP: dW is (e i o), the transpose of what the tiles are.
+    """
     tiles = OUT_TILES * IN_TILES
     expert, within = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     group = within // (GROUP * IN_TILES)
@@ -85,7 +88,10 @@ def grad_weight_kernel(
         acc = dot(a.T, b, acc, PRECISION)
     result = acc.to(out_ptr.dtype.element_ty)
     if OUT_TMA:
-        out_tma.store([expert, out, column], result.reshape(1, OUTS, INS))
+        if SWAP:
+            out_tma.store([expert, column, out], result.T.reshape(1, INS, OUTS))
+        else:
+            out_tma.store([expert, out, column], result.reshape(1, OUTS, INS))
     else:
         outs, ins = out + tl.arange(0, OUTS).to(tl.int64), column + tl.arange(0, INS).to(tl.int64)
         to = (
@@ -117,20 +123,22 @@ def grad_weight(
     """
     if out.stride(1) == 1 and out.stride(2) != 1:  # the tile's last axis should be the one that lies in a row
         a, b, out, gather_a, gather_b = b, a, out.mT, gather_b, gather_a
+    out_tma = config.tma and not accumulate and has_descriptors(out.device) and can_describe(out)
+    box = [1, config.ins, config.outs] if config.swap else [1, config.outs, config.ins]
+    tiles_out = TensorDescriptor(out, list(out.shape), list(out.stride()), box) if out_tma else out
+    if config.swap:
+        a, b, out, gather_a, gather_b = b, a, out.mT, gather_b, gather_a
     num_experts, outputs, inputs = out.shape
     out_tiles, in_tiles = ceil_div(outputs, config.outs), ceil_div(inputs, config.ins)
     a_tma, a_operand = _operand(a, config.rows, config.outs, config, gathered=gather_a)
     b_tma, b_operand = _operand(b, config.rows, config.ins, config, gathered=gather_b)
-    out_tma = config.tma and not accumulate and has_descriptors(out.device) and can_describe(out)
     arguments = {
         "a_ptr": a,
         "a_tma": a_operand,
         "b_ptr": b,
         "b_tma": b_operand,
         "out_ptr": out,
-        "out_tma": TensorDescriptor(out, list(out.shape), list(out.stride()), [1, config.outs, config.ins])
-        if out_tma
-        else out,
+        "out_tma": tiles_out,
         "pair_of_row_ptr": plan.pair_of_row,
         "offsets_ptr": plan.offsets,
         "O": outputs,
@@ -148,6 +156,7 @@ def grad_weight(
         "A_TMA": a_tma,
         "B_TMA": b_tma,
         "OUT_TMA": out_tma,
+        "SWAP": config.swap,
         "EVEN_O": outputs % config.outs == 0,
         "EVEN_I": inputs % config.ins == 0,
         "ACCUMULATE": accumulate,

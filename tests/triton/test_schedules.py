@@ -26,6 +26,8 @@ SCHEDULES = {
     "persistent, tma, group of 1": {"persistent": True, "tma": True, "group": 1},
     "swapped operands": {"rows": 16, "swap": True},
     "swapped operands, tma": {"swap": True, "tma": True},
+    "swapped operands, wide outputs": {"swap": True, "outs": 64, "registers": 128},
+    "swapped operands, wide outputs, tma": {"swap": True, "outs": 64, "tma": True},
     "2 splits": {"splits": 2, "ins": 16},
     "4 splits, tma, persistent": {"rows": 16, "splits": 4, "ins": 16, "tma": True, "persistent": True},
 }
