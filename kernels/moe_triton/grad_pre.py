@@ -84,8 +84,8 @@ def grad_pre_kernel(
 ):  # fmt: skip
     """w is W_down as (e h d); parts (OUT_TILES p) are the gradients of s, one part for each tile of h.
 
-    The tile is finished some columns at a time, at most 32 of them: pre, hidden and their gradients of a whole tile
-    would need six times the registers of the accumulator.
+    The tile is finished at most 32 columns at a time: pre, hidden and their gradients of a whole tile would
+    need six times the registers of the accumulator.
     """
     expert, row, end, out_tile = find_tile(
         tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, RECORD, EXPERTS
