@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import moe_triton
 from benchmarks.host import Launched, dummy_gpu
-from moe_triton import launch, replay
+from moe_triton import launch, replay, tape
 from moe_triton.activation import GATED
 from moe_triton.config import FOLDER, Config, as_row, forget_tables, override, user_table
 from moe_triton.launch import INTERPRETED
@@ -179,9 +179,7 @@ def plays(monkeypatch) -> list[replay.Tape]:
     """The tapes that are played."""
     played: list[replay.Tape] = []
     play = replay.Tape.play
-    monkeypatch.setattr(
-        replay.Tape, "play", lambda tape, *given: (played.append(tape), play(tape, *given))[1]
-    )
+    monkeypatch.setattr(replay.Tape, "play", lambda one, *given: (played.append(one), play(one, *given))[1])
     return played
 
 
@@ -220,7 +218,7 @@ CHANGES = {
 
 
 def test_an_unknown_triton_is_called_as_it_documents(gpu, monkeypatch):
-    monkeypatch.setattr(replay, "CALLED_AS_KNOWN", False)
+    monkeypatch.setattr(tape, "CALLED_AS_KNOWN", False)
     expected = by_triton(gpu, lambda: layer_notes(gpu, BASE))
     assert [layer_notes(gpu, BASE) for _ in range(3)] == [expected] * 3
 
