@@ -197,7 +197,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", type=_names, help=f"such as qwen3_30b,olmoe; of {', '.join(NAMED)}")
     parser.add_argument("--tokens", type=_numbers, help="such as 128,8192")
     parser.add_argument("--minutes", type=float, help="for everything; default 6, or 2 with --quick")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of rounds for one mode of one cell")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of rounds for one mode of one cell")
     parser.add_argument("--warmups", type=int, default=10, help="runs before the first that counts")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2),
                         help="processes that compile ahead; 0 for none")  # fmt: skip
