@@ -38,8 +38,7 @@ class Config:
     persistent       (down, grad_rows) each program walks over many tiles, instead of one; the passes that
                      gather rows spill in that form
     tma              weights and other dense operands by the tensor memory accelerator, where shapes allow it
-    swap             the weight is the left operand: tiles of fewer than 64 rows still fill Hopper's wgmma;
-                     (grad_down, grad_up) tiles are those of the transpose of dW
+    swap             the weight is the left operand: tiles of fewer than 64 rows still fill Hopper's wgmma
     programs         that a multiprocessor holds at once, by registers and shared memory: the schedule counts
                      on it, a persistent grid has so many, and benchmarks.compiled checks it
     splits           parts into which the summed axis is cut, added up later in a fixed order (few tiles only)

@@ -124,9 +124,12 @@ def grad_weight(
     if out.stride(1) == 1 and out.stride(2) != 1:  # the tile's last axis should be the one that lies in a row
         a, b, out, gather_a, gather_b = b, a, out.mT, gather_b, gather_a
     out_tma = config.tma and not accumulate and has_descriptors(out.device) and can_describe(out)
-    box = [1, config.ins, config.outs] if config.swap else [1, config.outs, config.ins]
+    # What is gathered is the left operand, the narrow one: its pieces take longer to come than a wide tile
+    # by the accelerator. Its tiles may be those of the transpose.
+    swap = gather_b
+    box = [1, config.ins, config.outs] if swap else [1, config.outs, config.ins]
     tiles_out = TensorDescriptor(out, list(out.shape), list(out.stride()), box) if out_tma else out
-    if config.swap:
+    if swap:
         a, b, out, gather_a, gather_b = b, a, out.mT, gather_b, gather_a
     num_experts, outputs, inputs = out.shape
     out_tiles, in_tiles = ceil_div(outputs, config.outs), ceil_div(inputs, config.ins)
@@ -156,7 +159,7 @@ def grad_weight(
         "A_TMA": a_tma,
         "B_TMA": b_tma,
         "OUT_TMA": out_tma,
-        "SWAP": config.swap,
+        "SWAP": swap,
         "EVEN_O": outputs % config.outs == 0,
         "EVEN_I": inputs % config.ins == 0,
         "ACCUMULATE": accumulate,
