@@ -27,6 +27,9 @@ SHARED_KIB = {80: 164, 90: 228, 100: 228, 103: 228}
 REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512
 # CDNA3 instruction set guide: vector registers of a SIMD's lane, SIMDs, waves of each, KiB of shared memory.
 AMD_REGISTERS, AMD_SIMDS, AMD_WAVES, AMD_SHARED_KIB = 512, 4, 8, 64
+# Bytes of a thread that may be put aside after the main loop. On an H100 a tile of grad_pre twice as wide,
+# with 248 of them, was 1.6 times as fast as the one without.
+SPARE_STACK = 64
 SIXTEEN_BITS = re.compile(r"tt\.dot\b.*: tensor<[\dx]+x(bf16|f16)>")
 # Which constants a configuration names.
 TILE = ("ROWS", "OUTS", "INS")
@@ -201,7 +204,7 @@ def matrix_unit(target: Target) -> str:
 def complaints(report: Report, target: Target) -> list[str]:
     """What is wrong with a compiled kernel; nothing where all is as promised."""
     found, used = [], report.resources
-    if used.stack or used.local or used.spills:
+    if used.stack > SPARE_STACK or used.local or used.spills:
         found.append(
             f"spills: {used.stack} bytes of stack, {used.local} of local memory, {used.spills} registers"
         )

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Config
 from .launch import ceil_div, launch
-from .tiles import Plan, can_describe, dot, has_descriptors, precision
+from .tiles import Plan, can_describe, dot, has_descriptors, precision, quarters
 
 
 @triton.jit
@@ -86,24 +86,24 @@ def grad_weight_kernel(
             TOP_K, B_GATHER, B_TMA, False, EVEN_I, ROWS, INS,
         )  # fmt: skip
         acc = dot(a.T, b, acc, PRECISION)
-    result = acc.to(out_ptr.dtype.element_ty)
     if OUT_TMA:
+        result = acc.to(out_ptr.dtype.element_ty)
         if SWAP:
             out_tma.store([expert, column, out], result.T.reshape(1, INS, OUTS))
         else:
             out_tma.store([expert, out, column], result.reshape(1, OUTS, INS))
     else:
-        outs, ins = out + tl.arange(0, OUTS).to(tl.int64), column + tl.arange(0, INS).to(tl.int64)
-        to = (
-            out_ptr
-            + expert.to(tl.int64) * out_stride_e
-            + outs[:, None] * out_stride_o
-            + ins[None, :] * out_stride_i
-        )
-        is_inside = (outs < O)[:, None] & (ins < I)[None, :]
-        if ACCUMULATE:
-            result = (acc + tl.load(to, mask=is_inside, other=0.0).to(tl.float32)).to(result.dtype)
-        tl.store(to, result, mask=is_inside)
+        outs = out + tl.arange(0, OUTS).to(tl.int64)
+        rows_of_out = out_ptr + expert.to(tl.int64) * out_stride_e + outs[:, None] * out_stride_o
+        pieces = quarters(acc, OUTS, INS)
+        for i in tl.static_range(4):
+            ins = column + i * (INS // 4) + tl.arange(0, INS // 4).to(tl.int64)
+            to = rows_of_out + ins[None, :] * out_stride_i
+            is_inside = (outs < O)[:, None] & (ins < I)[None, :]
+            piece = pieces[i]
+            if ACCUMULATE:
+                piece += tl.load(to, mask=is_inside, other=0.0).to(tl.float32)
+            tl.store(to, piece.to(out_ptr.dtype.element_ty), mask=is_inside)
 
 
 def grad_weight(
