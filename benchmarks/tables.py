@@ -1,6 +1,7 @@
 """The tables of the committed results, from their JSON alone: nothing is measured again.
 
-Shown are full measurements, the newest of every hardware; where a benchmark has none, the quick ones.
+Shown are full measurements, the newest of every hardware; where a benchmark has none, the quick ones, or
+else those of some parts.
 
 python -m benchmarks.tables            print them
 python -m benchmarks.tables --write    put them into benchmarks/README.md, between their marks
@@ -24,7 +25,7 @@ from benchmarks import (
     long_context_tables,
     scaling_tables,
 )
-from benchmarks.record import FULL, RESULTS
+from benchmarks.record import FULL, PARTIAL, QUICK, RESULTS
 
 README = Path(__file__).parent / "README.md"
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -37,8 +38,11 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "hf": hf.render,
     "hf_loading": hf_loading.render,
 }
-FALLBACK = {name: f"{name.removesuffix('_full')}_quick" for name in RENDER}
-QUICK_NOTE = " **Quick settings: few sizes or seeds; a full measurement has not been made yet.**"
+NOTES = {
+    FULL: "",
+    QUICK: " **Quick settings: few sizes or seeds; a full measurement has not been made yet.**",
+    PARTIAL: " **Some parts; a full measurement has not been made yet.**",
+}
 
 
 def newest(name: str, folder: Path) -> list[Path]:
@@ -55,15 +59,17 @@ def render(path: Path, name: str) -> str:
     """The tables of one result, with the file and the figures they come from."""
     record = json.loads(path.read_text(encoding="utf-8"))
     figures = sorted(path.parent.glob(f"{path.stem}_*.png"))
-    note = "" if record["mode"] == FULL else QUICK_NOTE
-    parts = [f"From `results/{path.name}`.{note}", RENDER[name](record)]
+    parts = [f"From `results/{path.name}`.{NOTES[record['mode']]}", RENDER[name](record)]
     parts += [f"![{figure.stem.rsplit('_', 1)[1]}](results/{figure.name})" for figure in figures]
     return "\n\n".join(parts)
 
 
 def render_newest(folder: Path) -> dict[str, str]:
     """The tables of every benchmark that has results."""
-    found = {name: newest(name, folder) or newest(FALLBACK[name], folder) for name in RENDER}
+    found = {}
+    for name in RENDER:
+        less = [f"{name.removesuffix('_full')}_{mode}" for mode in (QUICK, PARTIAL)]
+        found[name] = next(filter(None, (newest(kind, folder) for kind in (name, *less))), [])
     return {name: "\n\n".join(render(path, name) for path in paths) for name, paths in found.items() if paths}
 
 
