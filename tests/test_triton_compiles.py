@@ -127,7 +127,7 @@ def test_recording_sees_the_schedule_that_would_run():
     ]
     up = launches[1]
     assert (up.num_warps, up.num_stages, dict(up.constants)["ROWS"]) == (4, 2, 64)
-    assert dict(up.signature)["w"] == "tensordesc<bf16[1, 128, 64]>"
+    assert dict(up.signature)["w"] == "tensordesc<bf16[1, 2, 128, 64]>"
 
 
 COUNTS = {"decoding": range(1, 33), "training": (2048, 2049, 2050, 2052, 2056, 2064, 2080)}
