@@ -7,7 +7,7 @@ The expert's outputs are never needed: <dy, W_down hidden> = <P, hidden> (SonicM
 """
 
 # In kernel bodies types are Triton's.
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
 
 import torch
 import triton

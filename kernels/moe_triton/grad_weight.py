@@ -6,7 +6,7 @@ of its expert in order, so the sum has one order and no atomics; an expert witho
 """
 
 # In kernel bodies types are Triton's.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

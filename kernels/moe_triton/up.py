@@ -216,7 +216,8 @@ def operand_of(weight: Tensor, gate: str, config: Config) -> Mapping[str, Any]:
     view = weight.unflatten(1, (2, weight.shape[1] // 2))
     tma = config.tma and has_descriptors(weight.device) and can_describe(view)
     box = [1, 2, config.outs, config.ins]
-    return weight_arguments(weight, config) | {
+    return {
+        **weight_arguments(weight, config),
         "w": TensorDescriptor(view, list(view.shape), list(view.stride()), box) if tma else weight,
         "TMA": tma,
     }
