@@ -19,6 +19,7 @@ AMD_SHARED_KIB = 64
 ACCUMULATORS = (
     160  # registers of a thread, of 255, that sums may take; the rest is for addresses and operands
 )
+REGISTERS, TWO_PROGRAMS = 65536, 128  # of a multiprocessor; of a thread, so that two programs of 8 warps fit
 FUSED_ACCUMULATORS = 128  # grad_pre computes the activation and its derivative beside them
 
 
@@ -49,6 +50,8 @@ def variations(what: Pass, config: Config, target: Target, *, gated: bool = True
         found.append(replace(config, persistent=not config.persistent))
     if what not in OVER_ROWS and config.rows < 64:
         found.append(replace(config, swap=not config.swap))
+    if target.kind == "cuda" and 32 * config.num_warps * TWO_PROGRAMS == REGISTERS // 2:
+        found.append(replace(config, registers=0 if config.registers else TWO_PROGRAMS))
     return [c for c in found if c != config and fits(what, c, target, gated=gated)]
 
 

@@ -74,6 +74,8 @@ def test_neighbours_differ_and_only_dense_operands_are_walked_over():
         found = variations(what, SMALL, H100)
         assert found and SMALL not in found and all(fits(what, c, H100) for c in found)
         assert any(c.persistent for c in found) == (what in ("down", "grad_rows"))
+        wide = variations(what, replace(SMALL, num_warps=8), H100)
+        assert [c.registers for c in found + wide if c.registers] == [128]  # two programs of 8 warps
 
 
 @pytest.mark.parametrize(
