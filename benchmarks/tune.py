@@ -1,11 +1,12 @@
 """Find faster schedules for the passes of moe_triton on this GPU. Opt-in: nothing else ever tunes.
 
     python -m benchmarks.tune --shape qwen3_30b --tokens 8192
-    python -m benchmarks.tune --shape olmoe --tokens 128,8192 --passes grad_pre,up --minutes 5 --write user
+    python -m benchmarks.tune --shape olmoe,qwen3_30b --tokens 128,8192 --passes grad_pre,up --write user
 
 Each pass is timed alone with every schedule of `tune_space`, then the best ones with their neighbours, then
-the finalists in turns with today's schedule. A schedule must give today's result. --write user puts the
-winners into the user's own table, which moe_triton reads first; --write package into the shipped one.
+the finalists in turns with today's schedule. A schedule must give today's result. Of several shapes the
+winner has the least mean of its time over the best of each. --write user puts the winners into the user's own
+table, which moe_triton reads first; --write package into the shipped one.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +41,7 @@ NO_TRITON = "benchmarks.tune needs triton: pip install triton."
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune, print, write. 2 without a GPU or Triton."""
     options = parse(argv)
-    obstacle = why_not(options.device)
+    obstacle = why_not(options.device) or why_no_row(options)
     if obstacle:
         print(obstacle, file=sys.stderr)
         return 2
@@ -52,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if jobs > 1:
         compile_ahead(options, jobs, limit_s=0.5 * 60 * options.minutes)
     lines, rows = tune(options, watch, deadline)
-    head = ["tokens", "pass", "today ms", "best ms", "gain", "% of datasheet", "tried", "schedule"]
-    print(f"{hardware(device)}, {options.shape}, {options.dtype}\n\n{table(head, lines)}")
+    head = ["shape", "tokens", "pass", "today ms", "best ms", "gain", "% of datasheet", "tried", "schedule"]
+    print(f"{hardware(device)}, {options.dtype}\n\n{table(head, lines)}")
     if options.write and rows:
         write(options.write, device, rows)
     return 0
@@ -65,24 +67,24 @@ def tune(
     """Lines of the table to print and rows to keep, one for each size and pass; equal time for each."""
     from benchmarks.tune_passes import tune_pass
 
-    todo = [(tokens, what) for tokens in options.tokens for what in options.passes]
+    todo = list(product(options.tokens, options.shape, options.passes))
     lines: list[list[str]] = []
-    rows: list[dict[str, Any]] = []
-    for number, (tokens, what) in enumerate(todo):
+    found: dict[tuple[int, str], list[Found]] = {}
+    for number, (tokens, name, what) in enumerate(todo):
         until = time.perf_counter() + (deadline - time.perf_counter()) / (len(todo) - number)
-        problem = problem_of(options, tokens, watch.device)
+        problem = problem_of(options, name, tokens, watch.device)
         try:
-            found = tune_pass(what, problem, watch, until)
+            one = tune_pass(what, name, problem, watch, until)
         except DeadDeviceError as error:
             print(f"The GPU answers no more after {error}. Kept: what was found before.", file=sys.stderr)
             break
-        if found is None:
-            print(f"t={tokens} {what}: no schedule could be timed", file=sys.stderr)
+        if one is None:
+            print(f"{name} t={tokens} {what}: no schedule could be timed", file=sys.stderr)
             continue
-        lines.append(line_of(tokens, found, problem, hardware(watch.device)))
-        rows.append(row_of(found, problem, options))
+        lines.append(line_of(one, problem, hardware(watch.device)))
+        found.setdefault((tokens, what), []).append(one)
         print(" ".join(lines[-1]), file=sys.stderr, flush=True)
-    return lines, rows
+    return lines, [row_of(several, options, watch.device) for several in found.values()]
 
 
 def why_not(device: str) -> str | None:
@@ -92,9 +94,20 @@ def why_not(device: str) -> str | None:
     return NO_GPU if device == "cuda" and not torch.cuda.is_available() else None
 
 
-def problem_of(options: argparse.Namespace, tokens: int, device: torch.device) -> Problem:
+def why_no_row(options: argparse.Namespace) -> str | None:
+    """Why the winners could not be written as rows of a table, or None."""
+    from benchmarks.tune_space import size_of
+
+    classes = {name: size_of(NAMED[name].d, NAMED[name].h) for name in options.shape}
+    if options.write and len(set(classes.values())) > 1:
+        listed = ", ".join(f"{name} is {size}" for name, size in classes.items())
+        return f"A row is for experts of one size class: {listed}. Tune them one after the other."
+    return None
+
+
+def problem_of(options: argparse.Namespace, name: str, tokens: int, device: torch.device) -> Problem:
     """Tokens, weights and routing of one size."""
-    shape, dtype = NAMED[options.shape], getattr(torch, options.dtype)
+    shape, dtype = NAMED[name], getattr(torch, options.dtype)
     return make_problem(shape, tokens, zipf=False, device=device, dtype=dtype)
 
 
@@ -103,8 +116,8 @@ def compile_share(options: argparse.Namespace, watch: Stopwatch) -> int:
     from benchmarks.tune_passes import candidates, run_forced, steps_of
 
     part, parts = options.part
-    for tokens in options.tokens:
-        problem = problem_of(options, tokens, watch.device)
+    for tokens, name in product(options.tokens, options.shape):
+        problem = problem_of(options, name, tokens, watch.device)
         steps = steps_of(problem)
         for what in options.passes:
             for config in candidates(what, problem)[part::parts]:
@@ -116,7 +129,8 @@ def processes(options: argparse.Namespace, device: torch.device) -> int:
     """As many as were asked for and as have room for their tensors on the GPU."""
     if device.type != "cuda":
         return 1
-    needed = max(memory_needed(NAMED[options.shape], t, backward=True) for t in options.tokens)
+    sizes = product(options.shape, options.tokens)
+    needed = max(memory_needed(NAMED[name], t, backward=True) for name, t in sizes)
     free, _ = torch.cuda.mem_get_info(device)
     return min(options.jobs, int(0.8 * free / (1.5 * needed + CONTEXT_BYTES)))
 
@@ -141,21 +155,21 @@ def compile_ahead(options: argparse.Namespace, jobs: int, limit_s: float) -> Non
             child.wait()
 
 
-def row_of(found: "Found", problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
-    """The winner as a table row, with where and how it was measured."""
-    from benchmarks.tune_passes import rows_per_expert
-    from benchmarks.tune_space import winner_row
+def row_of(found: Sequence["Found"], options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The winner of one pass over all shapes as a table row, with where and how it was measured."""
+    from benchmarks.tune_space import fastest_for_all, winner_row
 
+    best = found[0].best if len(found) == 1 else fastest_for_all([one.ms for one in found])
     measured = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["python -m benchmarks.tune", *options.words]),
-        "device": hardware(problem.x.device),
-        "ms": round(found.best_ms.ms, 4),
+        "device": hardware(device),
+        "ms": {one.shape: round(one.ms[best], 4) for one in found},
         "torch": torch.__version__,
         "triton": installed("triton"),
     }
-    shape = problem.shape
-    return winner_row(found.what, rows_per_expert(problem), shape.d, shape.h, found.best, measured)
+    shape, rows = NAMED[found[0].shape], max(one.rows_per_expert for one in found)
+    return winner_row(found[0].what, rows, shape.d, shape.h, best, measured)
 
 
 def write(where: str, device: torch.device, rows: list[dict[str, Any]]) -> None:
@@ -171,21 +185,22 @@ def write(where: str, device: torch.device, rows: list[dict[str, Any]]) -> None:
     print(f"\nwritten: {path}")
 
 
-def line_of(tokens: int, found: "Found", problem: Problem, device_name: str) -> list[str]:
+def line_of(found: "Found", problem: Problem, device_name: str) -> list[str]:
     """A line of the printed table."""
     today = found.today_ms
     item = problem.x.element_size()
-    work = works(problem.shape, tokens, item=item, active=problem.active)[found.what]
+    work = works(problem.shape, found.tokens, item=item, active=problem.active)[found.what]
     sheet = datasheet_of(device_name)
     floor = sheet and work.floor_s(sheet.flops, sheet.bytes_per_second)
     return [
-        str(tokens),
+        found.shape,
+        str(found.tokens),
         found.what,
         str(today) if today else "-",
         str(found.best_ms),
         f"{today.ms / found.best_ms.ms:.2f}" if today else "-",
         f"{1e3 * floor / found.best_ms.ms:.0%}" if floor else "-",
-        f"{found.tried} + {len(found.failed)} failed",
+        f"{len(found.ms)} + {len(found.failed)} failed",
         in_words(found.best) + ("" if found.best != found.today else " (today's)"),
     ]
 
@@ -208,7 +223,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     passes = ("up", "down", "grad_pre", "grad_down", "grad_rows", "grad_up")
-    parser.add_argument("--shape", choices=NAMED, default="qwen3_30b")
+    parser.add_argument("--shape", type=_names, default=("qwen3_30b",), help="such as qwen3_30b,olmoe")
     parser.add_argument("--tokens", type=_numbers, default=(8192,), help="such as 128,8192")
     parser.add_argument("--passes", type=_names, default=passes, help=f"of {','.join(passes)}")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -223,6 +238,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.passes if name not in passes]
     if unknown:
         parser.error(f"unknown passes {', '.join(unknown)}: choose from {', '.join(passes)}")
+    if missing := [name for name in options.shape if name not in NAMED]:
+        parser.error(f"unknown shapes {', '.join(missing)}: choose from {', '.join(NAMED)}")
     if options.write and options.dtype == "float32":
         parser.error("--write needs a 16-bit --dtype: tables are not read for float32")
     return options

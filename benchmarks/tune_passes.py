@@ -30,14 +30,20 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One pass at one size: today's schedule, the fastest one, and their times."""
+    """One pass at one size: today's schedule, the fastest one, and their times.
 
+    ms: of every schedule that was timed.
+    """
+
+    shape: str
+    tokens: int
+    rows_per_expert: int
     what: Pass
     today: Config
     best: Config
     today_ms: Timing | None
     best_ms: Timing
-    tried: int
+    ms: dict[Config, float]
     failed: dict[str, str]
 
 
@@ -93,7 +99,7 @@ def steps_of(problem: Problem) -> dict[str, Step]:
 
 
 @torch.no_grad()
-def tune_pass(what: Pass, problem: Problem, watch: Stopwatch, until: float) -> Found | None:
+def tune_pass(what: Pass, name: str, problem: Problem, watch: Stopwatch, until: float) -> Found | None:
     """Three rounds: everything that fits, the neighbours of the best, the finalists against today's."""
     step, target = steps_of(problem)[what], target_of(problem.x.device)
     today = todays(what, problem)
@@ -107,7 +113,9 @@ def tune_pass(what: Pass, problem: Problem, watch: Stopwatch, until: float) -> F
     if not timings:
         return None
     best = min(timings, key=lambda config: timings[config].ms)
-    return Found(what, today, best, timings.get(today), timings[best], len(trial.ms), trial.failed)
+    ms = trial.ms | {config: timing.ms for config, timing in timings.items()}
+    size = name, len(problem.x), rows_per_expert(problem)
+    return Found(*size, what, today, best, timings.get(today), timings[best], ms, trial.failed)
 
 
 def candidates(what: Pass, problem: Problem) -> list[Config]:

@@ -1,7 +1,7 @@
 """Which schedules are worth trying, and how the best ones are kept: no GPU is needed for any of this."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -132,6 +132,12 @@ def write_rows(path: Path, new: Iterable[dict[str, Any]]) -> None:
 def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """One line a row, so that a change of one is a change of one line."""
     return (" " + json.dumps(row) for row in rows)
+
+
+def fastest_for_all(times: Sequence[Mapping[Config, float]]) -> Config:
+    """Of the schedules timed at every size the one with the least mean of its time over the best there."""
+    common = [config for config in times[0] if all(config in ms for ms in times)]
+    return min(common, key=lambda config: sum(ms[config] / min(ms.values()) for ms in times))
 
 
 def winner_row(

@@ -15,6 +15,7 @@ import torch
 from benchmarks import tune
 from benchmarks.tune_space import (
     accumulators,
+    fastest_for_all,
     first_round,
     fits,
     merged,
@@ -162,6 +163,21 @@ def test_tables_for_float32_are_refused_because_nobody_would_read_them(capsys):
         tune.parse(["--passes", "up,sideways"])
 
 
+def test_of_several_shapes_the_least_mean_of_relative_times_wins():
+    a, b, c = (replace(SMALL, group=group) for group in (1, 2, 4))
+    times = [{a: 1.0, b: 1.2, c: 0.5}, {a: 30.0, b: 20.0}]
+    assert fastest_for_all(times) == b  # c is not timed everywhere; a: (2 + 1.5) / 2, b: (2.4 + 1) / 2
+    assert fastest_for_all(times[:1]) == c
+
+
+def test_a_row_is_for_one_size_class(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert tune.main(["--shape", "olmoe,mixtral", "--write", "user"]) == 2
+    assert "olmoe is small, mixtral is large" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.parse(["--shape", "olmoe,nobody"])
+
+
 def test_a_schedule_reads_like_one():
     assert tune.in_words(Config(128, 256, 64, 8, 3, persistent=True)) == "128x256x64 w8 s3 g8 persistent tma"
     assert tune.in_words(Config(16, 64, 64, 4, 3, tma=False, splits=4)) == "16x64x64 w4 s3 g8 splits 4"
@@ -218,14 +234,14 @@ def test_the_whole_tuner_runs_on_the_interpreter(tmp_path):
         "tune_passes.Budget = lambda *a, **k: budget(0.0, 1, 1, 1)\n"
         "sys.exit(tune.main(sys.argv[1:]))"
     )
-    words = ["--device", "cpu", "--dtype", "float16", "--shape", "tiny", "--tokens", "2", "--jobs", "1"]
+    words = ["--device", "cpu", "--dtype", "float16", "--shape", "tiny,tiny", "--tokens", "2", "--jobs", "1"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words, "--passes", "down,grad_up", "--write", "user"],
         cwd=ROOT, capture_output=True, text=True,
         env=_environment(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "| 2      |" in done.stdout
+    assert done.stdout.count("| tiny  |      2 |") == 4  # two passes at two shapes
     rows = read_table(tmp_path / "cpu.json")
     assert [row["pass"] for row in rows] == ["down", "grad_up"]
     assert set(rows[0]["measured"]) == {"date", "command", "device", "ms", "torch", "triton"}
