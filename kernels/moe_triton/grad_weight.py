@@ -47,14 +47,14 @@ def load_rows(
 def grad_weight_kernel(
     a_ptr, a_tma, b_ptr, b_tma, out_ptr, out_tma, pair_of_row_ptr, offsets_ptr, O, I, OUT_TILES, IN_TILES,
     a_stride, b_stride, out_stride_e, out_stride_o, out_stride_i,
-    TOP_K: tl.constexpr, A_GATHER: tl.constexpr, B_GATHER: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr, SWAP: tl.constexpr,
     EVEN_O: tl.constexpr, EVEN_I: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Tiles run over the experts in order; inside an expert GROUP output tiles run side by side.
 
-    SWAP: dW is (e i o), the transpose of what the tiles are.
+    GATHER: a is given by token. SWAP: dW lies as (e i o), the transpose of what the tiles are.
     """
     tiles = OUT_TILES * IN_TILES
     expert, within = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -69,21 +69,21 @@ def grad_weight_kernel(
     for row in range(start, full, ROWS):
         a = load_rows(
             a_ptr, a_tma, pair_of_row_ptr, row, end, out, a_stride, O,
-            TOP_K, A_GATHER, A_TMA, True, EVEN_O, ROWS, OUTS,
+            TOP_K, GATHER, A_TMA, True, EVEN_O, ROWS, OUTS,
         )  # fmt: skip
         b = load_rows(
             b_ptr, b_tma, pair_of_row_ptr, row, end, column, b_stride, I,
-            TOP_K, B_GATHER, B_TMA, True, EVEN_I, ROWS, INS,
+            TOP_K, False, B_TMA, True, EVEN_I, ROWS, INS,
         )  # fmt: skip
         acc = dot(a.T, b, acc, PRECISION)
     if full < end:
         a = load_rows(
             a_ptr, a_tma, pair_of_row_ptr, full, end, out, a_stride, O,
-            TOP_K, A_GATHER, A_TMA, False, EVEN_O, ROWS, OUTS,
+            TOP_K, GATHER, A_TMA, False, EVEN_O, ROWS, OUTS,
         )  # fmt: skip
         b = load_rows(
             b_ptr, b_tma, pair_of_row_ptr, full, end, column, b_stride, I,
-            TOP_K, B_GATHER, B_TMA, False, EVEN_I, ROWS, INS,
+            TOP_K, False, B_TMA, False, EVEN_I, ROWS, INS,
         )  # fmt: skip
         acc = dot(a.T, b, acc, PRECISION)
     if OUT_TMA:
@@ -121,27 +121,26 @@ def grad_weight(
 
     a (p o) or, gathered, (t o); b (p i) or, gathered, (t i); last strides of 1.
     """
-    if out.stride(1) == 1 and out.stride(2) != 1:  # the tile's last axis should be the one that lies in a row
-        a, b, out, gather_a, gather_b = b, a, out.mT, gather_b, gather_a
-    out_tma = config.tma and not accumulate and has_descriptors(out.device) and can_describe(out)
+    is_transposed = out.stride(1) == 1 and out.stride(2) != 1
     # What is gathered is the left operand, the narrow one: its pieces take longer to come than a wide tile
-    # by the accelerator. Its tiles may be those of the transpose.
-    swap = gather_b
-    box = [1, config.ins, config.outs] if swap else [1, config.outs, config.ins]
-    tiles_out = TensorDescriptor(out, list(out.shape), list(out.stride()), box) if out_tma else out
-    if swap:
-        a, b, out, gather_a, gather_b = b, a, out.mT, gather_b, gather_a
+    # by the accelerator. Elsewhere the tile's last axis is the one that lies in a row.
+    flips = gather_b or (is_transposed and not gather_a)
+    swap, lies = flips != is_transposed, out.mT if is_transposed else out
+    out_tma, tiles = _tiles_of(lies, config, swap=swap, accumulate=accumulate)
+    if flips:
+        a, b, out = b, a, out.mT
+    gathers = gather_a or gather_b
     num_experts, outputs, inputs = out.shape
     out_tiles, in_tiles = ceil_div(outputs, config.outs), ceil_div(inputs, config.ins)
-    a_tma, a_operand = _operand(a, config.rows, config.outs, config, gathered=gather_a)
-    b_tma, b_operand = _operand(b, config.rows, config.ins, config, gathered=gather_b)
+    a_tma, a_operand = (False, a) if gathers else _operand(a, config.outs, config)
+    b_tma, b_operand = _operand(b, config.ins, config)
     arguments = {
         "a_ptr": a,
         "a_tma": a_operand,
         "b_ptr": b,
         "b_tma": b_operand,
         "out_ptr": out,
-        "out_tma": tiles_out,
+        "out_tma": tiles,
         "pair_of_row_ptr": plan.pair_of_row,
         "offsets_ptr": plan.offsets,
         "O": outputs,
@@ -154,8 +153,7 @@ def grad_weight(
         "out_stride_o": out.stride(1),
         "out_stride_i": out.stride(2),
         "TOP_K": plan.top_k,
-        "A_GATHER": gather_a,
-        "B_GATHER": gather_b,
+        "GATHER": gathers,
         "A_TMA": a_tma,
         "B_TMA": b_tma,
         "OUT_TMA": out_tma,
@@ -169,14 +167,22 @@ def grad_weight(
         "INS": config.ins,
         "GROUP": config.group,
     }
-    tiles = num_experts * out_tiles * in_tiles
     # Two of the stages go to the index of what is gathered; without them the operands' tiles would fill them.
-    stages = config.num_stages if gather_a or gather_b else max(2, config.num_stages - 2)
-    launch(grad_weight_kernel, (tiles,), arguments, **config.options | {"num_stages": stages})
+    stages = config.num_stages if gathers else max(2, config.num_stages - 2)
+    grid = (num_experts * out_tiles * in_tiles,)
+    launch(grad_weight_kernel, grid, arguments, **config.options | {"num_stages": stages})
 
 
-def _operand(rows: Tensor, height: int, width: int, config: Config, *, gathered: bool):
+def _operand(rows: Tensor, width: int, config: Config):
     """Whether whole tiles of an operand come by the tensor memory accelerator, and its descriptor if so."""
-    if gathered or not (config.tma and has_descriptors(rows.device) and can_describe(rows)):
+    if not (config.tma and has_descriptors(rows.device) and can_describe(rows)):
         return False, rows
-    return True, TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [height, width])
+    return True, TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [config.rows, width])
+
+
+def _tiles_of(out: Tensor, config: Config, *, swap: bool, accumulate: bool):
+    """Whether tiles of dW leave by the accelerator, and a descriptor of it as it lies in memory if so."""
+    if accumulate or not (config.tma and has_descriptors(out.device) and can_describe(out)):
+        return False, out
+    box = [1, config.ins, config.outs] if swap else [1, config.outs, config.ins]
+    return True, TensorDescriptor(out, list(out.shape), list(out.stride()), box)
