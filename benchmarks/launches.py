@@ -1,7 +1,7 @@
 """What real use of the kernels would launch, recorded without a device.
 
 The launchers of moe_triton run on `meta` tensors, which have shapes and no memory, as if they were on some
-GPU; `moe_triton.launch.run` is replaced by a recorder. A launch is reduced to what the compiler sees of it.
+GPU, and `moe_triton.launch` notes their launches. A launch is reduced to what the compiler sees of it.
 """
 
 import os
@@ -127,10 +127,7 @@ def _known(value: Any, is_amd: bool) -> Iterator[Attribute]:
 def recorded(what: str, target: Target) -> Iterator[list[Launch]]:
     """The launches made inside the block, none of which runs; schedules are those of the package's tables."""
     found: list[Launch] = []
-
-    def record(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
-        found.append(describe(what, kernel, arguments, options))
-
     own_tables = mock.patch.dict(os.environ, {FOLDER: os.devnull})
-    with own_tables, launch.pretend(target), mock.patch.object(launch, "run", record):
+    with own_tables, launch.pretend(target), launch.recorded() as launches:
         yield found
+        found += [describe(what, one.kernel, one.arguments, one.options) for one in launches]

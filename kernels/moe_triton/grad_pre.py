@@ -80,7 +80,7 @@ def grad_pre_kernel(
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, SCALE: tl.constexpr,
     TMA: tl.constexpr, IN_FIRST: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-    GROUP: tl.constexpr, RECORD: tl.constexpr, EXPERTS: tl.constexpr,
+    GROUP: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """w is W_down as (e h d); parts (OUT_TILES p) are the gradients of s, one part for each tile of h.
 
@@ -88,7 +88,7 @@ def grad_pre_kernel(
     need six times the registers of the accumulator.
     """
     expert, row, end, out_tile = find_tile(
-        tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, RECORD, EXPERTS
+        tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, EXPERTS
     )
     if expert < E:
         rows = row + tl.arange(0, ROWS)

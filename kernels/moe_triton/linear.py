@@ -71,7 +71,7 @@ def linear_kernel(
     SPLIT_INS, HAS_BIAS: tl.constexpr, ROWS_TMA: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr,
     EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
-    RECORD: tl.constexpr, EXPERTS: tl.constexpr, PERSISTENT: tl.constexpr,
+    EXPERTS: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Program (., s) sums the inputs from s * SPLIT_INS on, SPLIT_INS of them, into y[s] (p o)."""
     if PERSISTENT:
@@ -79,7 +79,7 @@ def linear_kernel(
         # What is hoisted out of the loop over tiles would hold registers through the inner one.
         for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True, disable_licm=True):
             expert, row, end, out_tile = find_tile(
-                tile, offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, RECORD, EXPERTS
+                tile, offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, EXPERTS
             )
             linear_tile(
                 rows_ptr, rows_tma, w, bias_ptr, y_ptr, expert, row, end, out_tile, P, I, O,
@@ -89,7 +89,7 @@ def linear_kernel(
             )  # fmt: skip
     else:
         expert, row, end, out_tile = find_tile(
-            tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, RECORD, EXPERTS
+            tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, EXPERTS
         )
         if expert < E:
             linear_tile(

@@ -23,14 +23,14 @@ from .config import Config
 from .launch import INTERPRETED, launch, power_of_2, target_of
 
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the raw bits of bf16
-RECORD = 8  # numbers of a tile's record in the map, of which five are used: 32 bytes, the least that is read
+RECORD = tl.constexpr(8)  # numbers of a tile's record, five of them used: 32 bytes, the least that is read
 SEARCHED_PAIRS = 1024  # up to here a program finds its expert by itself, which saves the launch of the map
 
 
 @triton.jit(do_not_specialize=["BOUND"])
 def tile_map_kernel(
     offsets_ptr, tiles_ptr,  # (e+1), (1 + bound, RECORD)
-    E, BOUND, ROWS: tl.constexpr, RECORD: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    E, BOUND, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i writes what each tile of expert i needs to know, so that it waits for one reading only.
 
@@ -79,7 +79,7 @@ def count_tiles(
 @triton.jit
 def find_tile(
     tile, offsets_ptr, tiles_ptr, E, OUT_TILES,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """The expert, first row, end of the expert's rows and output tile of a tile; expert E: a spare one.
 
@@ -243,7 +243,6 @@ class Plan:
             "offsets_ptr": self.offsets,
             "tiles_ptr": self.offsets if searched else self._map(config.rows),
             "E": self.num_experts,
-            "RECORD": RECORD,
             "EXPERTS": power_of_2(self.num_experts) if searched else 0,
         }
 
@@ -256,14 +255,13 @@ class Plan:
 def make_tile_map(offsets: Tensor, bound: int, rows: int) -> Tensor:
     """The records (1 + bound, RECORD) of tiles of so many rows, as `tile_map_kernel` says."""
     num_experts = offsets.shape[0] - 1
-    tiles = offsets.new_empty(1 + bound, RECORD, dtype=torch.int32)
+    tiles = offsets.new_empty(1 + bound, RECORD.value, dtype=torch.int32)
     arguments = {
         "offsets_ptr": offsets,
         "tiles_ptr": tiles,
         "E": num_experts,
         "BOUND": bound,
         "ROWS": rows,
-        "RECORD": RECORD,
         "EXPERTS": power_of_2(num_experts),
         "BLOCK": 128,
     }
@@ -283,12 +281,15 @@ def weight_arguments(weight: Tensor, config: Config, *, width: int = 1) -> Mappi
     tma = config.tma and has_descriptors(weight.device) and can_describe(view)
     return {
         "w": TensorDescriptor(view, list(view.shape), list(view.stride()), box) if tma else weight,
-        "w_stride_e": weight.stride(0),
-        "w_stride_o": weight.stride(1),
-        "w_stride_i": weight.stride(2),
         "TMA": tma,
         "IN_FIRST": in_first,
+        **weight_strides(weight),
     }
+
+
+def weight_strides(weight: Tensor) -> Mapping[str, int]:
+    """The strides of a weight (e o i), by the names of the kernels."""
+    return dict(zip(("w_stride_e", "w_stride_o", "w_stride_i"), weight.stride(), strict=True))
 
 
 def has_descriptors(device: torch.device) -> bool:

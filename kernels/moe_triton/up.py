@@ -33,6 +33,7 @@ from .tiles import (
     quarters,
     unswap,
     weight_arguments,
+    weight_strides,
     zeros,
 )
 
@@ -98,8 +99,7 @@ def up_kernel(
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr, IN_FIRST: tl.constexpr,
     EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """GATE: "none"; "halves", gate rows before up rows; "pairs", interleaved. With a gate the one accumulator
     is twice as wide: the wider a product, the less often it reads its rows from shared memory.
@@ -108,7 +108,7 @@ def up_kernel(
     EACH: tl.constexpr = 2 if GATE == "pairs" else 1
     PIECE: tl.constexpr = OUTS // 4 if GATE == "halves" else WIDTH // 4
     expert, row, end, out_tile = find_tile(
-        tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, RECORD, EXPERTS
+        tl.program_id(0), offsets_ptr, tiles_ptr, E, OUT_TILES, ROWS, GROUP, EXPERTS
     )
     if expert < E:
         rows = row + tl.arange(0, ROWS)
@@ -210,14 +210,15 @@ def up(
 
 
 def operand_of(weight: Tensor, gate: str, config: Config) -> Mapping[str, Any]:
-    """W_up for the kernel; gate and up rows of separate halves come in one tile."""
+    """W_up for the kernel; separate halves come in one tile, by pointer where they are stored as (e d 2h)."""
     if gate != "halves":
         return weight_arguments(weight, config, width=2 if gate == "pairs" else 1)
     view = weight.unflatten(1, (2, weight.shape[1] // 2))
     tma = config.tma and has_descriptors(weight.device) and can_describe(view)
     box = [1, 2, config.outs, config.ins]
     return {
-        **weight_arguments(weight, config),
         "w": TensorDescriptor(view, list(view.shape), list(view.stride()), box) if tma else weight,
         "TMA": tma,
+        "IN_FIRST": False,
+        **weight_strides(weight),
     }
