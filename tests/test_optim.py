@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.decoder import Decoder
+from moe.train.muon import Muon, orthogonalised
 from moe.train.optim import (
     learning_rate,
     load_optimizer_tensors,
@@ -17,7 +18,7 @@ from moe.train.optim import (
     set_learning_rate,
 )
 from moe.train.presets import needle, tiny
-from moe.train.settings import OptimConfig
+from moe.train.settings import OptimConfig, OptimizerKind
 
 
 def model() -> Decoder:
@@ -99,10 +100,10 @@ def test_a_rate_is_positive_bounded_and_never_rises_after_warm_up(schedule, step
     assert warmup >= steps or schedule == "constant" or steps == 1 or rates[-1] >= final - 1e-12
 
 
-def trained(steps: int) -> tuple[Decoder, torch.optim.Optimizer]:
+def trained(steps: int, kind: OptimizerKind = "adamw") -> tuple[Decoder, torch.optim.Optimizer]:
     torch.manual_seed(0)
     decoder = model()
-    optimizer = make_optimizer(decoder, OptimConfig())
+    optimizer = make_optimizer(decoder, OptimConfig(optimizer=kind))
     for step in range(steps):
         one_step(decoder, optimizer, step)
     return decoder, optimizer
@@ -115,9 +116,10 @@ def one_step(decoder, optimizer, step):
     optimizer.zero_grad()
 
 
-def test_optimizer_state_round_trips_to_the_same_next_step():
-    straight, optimizer = trained(3)
-    copied, new_optimizer = trained(0)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_state_round_trips_to_the_same_next_step(kind):
+    straight, optimizer = trained(3, kind)
+    copied, new_optimizer = trained(0, kind)
     copied.load_state_dict(straight.state_dict())
     load_optimizer_tensors(copied, new_optimizer, optimizer_tensors(straight, optimizer))
     one_step(straight, optimizer, 3)
@@ -142,3 +144,104 @@ def test_damaged_optimizer_state_is_refused(damage, message):
     fresh, new_optimizer = trained(0)
     with pytest.raises(ValueError, match=message):
         load_optimizer_tensors(fresh, new_optimizer, tensors)
+
+
+def test_state_of_another_optimizer_is_refused():
+    decoder, optimizer = trained(1, "muon")
+    with pytest.raises(ValueError, match=r"missing: .*q_proj\.weight\.exp_avg"):
+        load_optimizer_tensors(*trained(0), optimizer_tensors(decoder, optimizer))
+
+
+def test_muon_takes_the_matrices_of_layers_but_not_the_routers():
+    config = replace(needle().model, hidden_size=16, head_dim=8)
+    groups = groups_by_name(Decoder(config), OptimConfig(optimizer="muon", momentum=0.8))
+    taken = {name for name, group in groups.items() if group["use_muon"]}
+    assert {name.split("layers.0.")[1] for name in taken if "layers.0." in name} == {
+        *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+        *(f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")),
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    }
+    assert all("layers" in name for name in taken) and {g["momentum"] for g in groups.values()} == {0.8}
+    assert not any(group["use_muon"] for group in groups_by_name(model(), OptimConfig()).values())
+
+
+def iterated(x: torch.Tensor) -> torch.Tensor:
+    """Muon's polynomial, five times, on the singular values themselves."""
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.square().sum().sqrt().clamp(min=1e-7)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 3), st.integers(0, 99))
+def test_orthogonalising_maps_singular_values_and_keeps_the_vectors(rows, columns, experts, seed):
+    x = torch.randn(experts, rows, columns, generator=torch.manual_seed(seed), dtype=torch.float64)
+    got = orthogonalised(x)
+    for ours, matrix in zip(got, x, strict=True):
+        torch.testing.assert_close(ours, iterated(matrix))
+    torch.testing.assert_close(orthogonalised(x.mT.contiguous().mT), got)
+
+
+def test_a_large_matrix_becomes_nearly_orthogonal_and_zeros_stay():
+    x = torch.randn(64, 48, generator=torch.manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(x))
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.equal(orthogonalised(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+def with_gradients(parameters: list[torch.Tensor], seed: int) -> None:
+    generator = torch.manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_muon_agrees_with_torchs_own_on_matrices():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    options = {"lr": 0.02, "weight_decay": 0.3}
+    shapes = [(24, 16), (16, 40), (8, 8)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    muon = Muon([{"params": ours, "use_muon": True}], **options)
+    other = torch.optim.Muon(theirs, momentum=0.95, adjust_lr_fn="match_rms_adamw", **options)
+    for step in range(4):
+        for parameters, optimizer in ((ours, muon), (theirs, other)):
+            with_gradients(parameters, step)
+            optimizer.step()
+    for one, another in zip(ours, theirs, strict=True):
+        assert (one - another).norm() < 0.02 * (one - 1).norm()  # theirs iterates in bfloat16
+
+
+def test_muon_treats_each_expert_by_itself_and_leaves_the_others_to_adamw():
+    stack, vector = torch.nn.Parameter(torch.ones(3, 6, 4)), torch.nn.Parameter(torch.ones(5))
+    single = [torch.nn.Parameter(torch.ones(6, 4)) for _ in range(3)]
+    alone = torch.nn.Parameter(torch.ones(5))
+    groups = [{"params": [stack], "use_muon": True}, {"params": [vector]}]
+    both = Muon(groups, lr=0.1, weight_decay=0.1)
+    others = [Muon([{"params": single, "use_muon": True}], lr=0.1, weight_decay=0.1)]
+    others.append(torch.optim.AdamW([alone], lr=0.1, weight_decay=0.1))
+    for step in range(3):
+        with_gradients([stack, vector], step)
+        alone.grad = vector.grad.clone()
+        stack.grad[2] = 0
+        for parameter, grad, size in zip(single, stack.grad, (1.0, 1e3, 1.0), strict=True):
+            parameter.grad = grad * size
+        both.step()
+        for optimizer in others:
+            optimizer.step()
+    torch.testing.assert_close(stack, torch.stack(single))  # the size of a gradient does not count
+    assert torch.equal(vector, alone)
+    torch.testing.assert_close(stack[2], torch.full((6, 4), 0.99**3))  # no gradient: decay alone
+
+
+def test_muon_skips_what_has_no_gradient_and_returns_the_loss_of_a_closure():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    muon = Muon([{"params": [parameter], "use_muon": True}], lr=0.1)
+    assert muon.step(lambda: 3.0) == 3.0 and torch.equal(parameter, torch.ones(2, 2))
+    assert not muon.state
+
+
+def test_muon_refuses_a_vector():
+    with pytest.raises(ValueError, match=r"takes matrices, got a parameter of shape \(3,\)"):
+        Muon([{"params": [torch.nn.Parameter(torch.ones(3))], "use_muon": True}])

@@ -1,34 +1,39 @@
-"""AdamW in parameter groups, and learning-rate schedules as pure functions of the step."""
+"""AdamW or Muon in parameter groups, and learning-rate schedules as pure functions of the step."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
+from moe.train.muon import Muon
 from moe.train.settings import OptimConfig
 
-_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+_ADAMW_STATE, _MUON_STATE = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (1711.05101) with up to four groups: with and without decay, router and everything else.
+def make_optimizer(model: nn.Module, config: OptimConfig) -> Muon:
+    """AdamW (1711.05101) with a group for each kind of parameter: decaying or not, of a router or not.
 
+    With `config.optimizer="muon"` the matrices of layers, but for the routers', are a group of Muon's.
     Each group carries `lr_scale`, which `set_learning_rate` multiplies in. Fused where torch has a fused
     kernel for the device.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = (has_decay(name, parameter, config), is_router(name))
+            uses_muon = config.optimizer == "muon" and is_hidden_matrix(name, parameter)
+            kind = (has_decay(name, parameter, config), is_router(name), uses_muon)
             groups.setdefault(kind, []).append(parameter)
-    return torch.optim.AdamW(
+    return Muon(
         [
             {
                 "params": parameters,
                 "weight_decay": config.weight_decay if decays else 0.0,
                 "lr_scale": config.router_lr_scale if router else 1.0,
+                "use_muon": uses_muon,
+                "momentum": config.momentum,
             }
-            for (decays, router), parameters in groups.items()
+            for (decays, router, uses_muon), parameters in groups.items()
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -42,7 +47,17 @@ def has_decay(name: str, parameter: Tensor, config: OptimConfig) -> bool:
     short convolutions (w d), which are numbers for each channel, go without."""
     if "embed" in name:
         return config.decay_embeddings
+    return is_matrix(name, parameter)
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether this is a matrix, or a stack of them, and not numbers for each channel or expert."""
     return parameter.ndim >= 2 and not name.endswith(("bias", "conv.weight"))
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether this is a matrix of a layer that is not its router's: neither of embeddings nor of a head."""
+    return "layers" in name.split(".") and is_matrix(name, parameter) and not is_router(name)
 
 
 def is_router(name: str) -> bool:
@@ -96,7 +111,12 @@ def load_optimizer_tensors(
         ValueError: a tensor is missing, unexpected, or has the wrong shape.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    expected = {f"{name}.{key}" for name in parameters for key in _STATE_KEYS}
+    turned = {id(p) for group in optimizer.param_groups if group.get("use_muon") for p in group["params"]}
+    expected = {
+        f"{name}.{key}"
+        for name, parameter in parameters.items()
+        for key in (_MUON_STATE if id(parameter) in turned else _ADAMW_STATE)
+    }
     if expected != tensors.keys():
         raise ValueError(
             f"the optimizer state does not fit the model; missing: {sorted(expected - tensors.keys())}, "

@@ -18,6 +18,7 @@ from moe.probes.senses.config import SensesConfig
 
 Encoding = Literal["utf-8", "bytes"]
 TokenizerKind = Literal["bytes", "bpe"]
+OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -67,12 +68,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW, its schedule and the balancing rate.
+    """The optimizer, its schedule and the balancing rate.
 
     Raises:
         ValueError: a rate, a fraction or a schedule out of range.
     """
 
+    optimizer: OptimizerKind = "adamw"  # "muon": for the matrices in the layers, each expert's by itself
+    momentum: float = 0.95  # of Muon
     lr: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -88,9 +91,9 @@ class OptimConfig:
     selection_bias_rate: float = 1e-3  # 2408.15664
 
     def __post_init__(self) -> None:
-        _check_choices(self, schedule=Schedule)
+        _check_choices(self, optimizer=OptimizerKind, schedule=Schedule)
         _at_least(self, 0, *(f.name for f in fields(self) if f.type in (int, float)))
-        for name in ("beta1", "beta2", "final_fraction", "decay_fraction"):
+        for name in ("momentum", "beta1", "beta2", "final_fraction", "decay_fraction"):
             if getattr(self, name) > 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be between 0 and 1.")
 
