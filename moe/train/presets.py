@@ -199,8 +199,8 @@ def language() -> RunConfig:
         base,
         model=model,
         data=replace(base.data, sequence_length=2560),
-        optim=replace(base.optim, weight_decay=0.02),
-        train=replace(base.train, steps=2800),
+        optim=replace(base.optim, optimizer="muon", weight_decay=0.02),
+        train=replace(base.train, steps=2600),
         needle=None,
         language=LanguageConfig(),
     )
@@ -217,7 +217,7 @@ def omni() -> RunConfig:
         base,
         model=replace(base.model, modalities=ModalityConfig()),
         data=replace(base.data, sequence_length=3072),
-        train=replace(base.train, steps=4400),
+        train=replace(base.train, steps=4200),
         senses=SensesConfig(),
     )
 

@@ -1,5 +1,6 @@
 """Training documents: fresh languages, each with many sentences, all of which are predicted.
 
+But for words that stand neither in the book nor in a translation before: their letters can only be guessed.
 A batch is a pure function of (text, config, seed, step).
 """
 
@@ -26,7 +27,7 @@ class TrainingBatch:
     ids        (b s) int64  the bytes
     places     (b m) int64  positions whose next byte is predicted
     targets    (b m) int64  that next byte
-    is_answer  (b m) bool   the next byte is part of a translation; elsewhere it does not count
+    is_answer  (b m) bool   whether there is such a place; after a document's last one there are repetitions
     pointers   (b m) int64  the position, in the book, of the byte that is to be copied; -1: it is not there
     """
 
@@ -130,14 +131,21 @@ def _draw_row(
     )
     places: list[int] = []
     pointers: list[int] = []
+    known = set(laid.words)
     for one, start in zip(answers, laid.starts[len(pieces) :], strict=True):
         place = start + len(one.query) - 1
-        places += range(place, place + len(one.answer))
         for gloss, english, foreign in one.parts:
-            at = laid.words.get(english)
+            places += range(place, place + len(gloss))
             pointers += [laid.words.get(gloss[0], -1), -1] if gloss else []  # the role is in the grammar line
-            pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
-            pointers.append(-1)  # the space
+            place += len(gloss)
+            if english in known:
+                at = laid.words.get(english)
+                places += range(place, place + len(foreign) + 1)
+                pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
+                pointers.append(-1)  # the space
+            known.add(english)
+            place += len(foreign) + 1
+        places.append(place)
         pointers.append(-1)  # the end
     return _Row(laid.text, np.array(places), np.array(pointers))
 
