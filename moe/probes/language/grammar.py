@@ -181,18 +181,27 @@ def check_words(words: int, letters: tuple[int, int]) -> None:
         raise ValueError(f"letters={letters} must be the least and the most of a word, from 2 to 8.")
 
 
-def draw_sentences(rng: np.random.Generator, language: Language, count: int) -> list[Sentence]:
-    """Random sentences with the words of a language; subject and object are different nouns."""
+def draw_sentences(
+    rng: np.random.Generator,
+    language: Language,
+    count: int,
+    *,
+    adjective_share: float = _ADJECTIVE,
+    plural_share: float = _PLURAL,
+) -> list[Sentence]:
+    """Random sentences with the words of a language; subject and object are different nouns.
+
+    The shares, above 0, are those of noun phrases with an adjective, and with a plural s.
+    """
     nouns, verbs, adjectives = language.nouns, language.verbs, language.adjectives
     chance = rng.random((count, 6))
     first = (chance[:, 0] * len(nouns)).astype(int)
     other = (first + 1 + (chance[:, 1] * (len(nouns) - 1)).astype(int)) % len(nouns)
     verb = (chance[:, 2] * len(verbs)).astype(int)
-    plural = rng.random((count, 2)) < _PLURAL
+    plural = rng.random((count, 2)) < plural_share
     # one draw says whether there is an adjective and which
-    adjective = np.where(
-        chance[:, 3:5] < _ADJECTIVE, (chance[:, 3:5] / _ADJECTIVE * len(adjectives)).astype(int), -1
-    )
+    which = (chance[:, 3:5] / adjective_share * len(adjectives)).astype(int)
+    adjective = np.where(which < len(adjectives), which, -1)
     choices = zip(*(x.tolist() for x in (first, other, verb, plural, adjective)), strict=True)
     return [
         Sentence(
@@ -205,13 +214,11 @@ def draw_sentences(rng: np.random.Generator, language: Language, count: int) -> 
 
 
 def draw_items(
-    rng: np.random.Generator, language: Language, count: int, *, words: float, phrases: float
+    rng: np.random.Generator, sentences: list[Sentence], *, words: float, phrases: float
 ) -> list[Item]:
-    """Random sentences; of shares of them a word alone, or one of the phrases alone."""
+    """The sentences; of shares of them a word alone, or one of the phrases alone."""
     items: list[Item] = []
-    for sentence, chance in zip(
-        draw_sentences(rng, language, count), rng.random(count).tolist(), strict=True
-    ):
+    for sentence, chance in zip(sentences, rng.random(len(sentences)).tolist(), strict=True):
         if chance < words:
             noun, _, adjective, _ = sentence.subject
             items.append(Word([noun, sentence.verb, adjective or noun][int(3 * chance / words)]))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe.probes.language.config import FIRST_EXERCISES, LEAST_FILLER, LanguageConfig
 from moe.probes.language.document import Piece, ask, book, lay_out
-from moe.probes.language.grammar import draw_items, draw_language
+from moe.probes.language.grammar import draw_items, draw_language, draw_sentences
 
 Array = NDArray[np.int64]
 
@@ -109,6 +109,22 @@ def training_batch(
     return TrainingBatch(*map(torch.from_numpy, made))
 
 
+def draw_filler(
+    rng: np.random.Generator, text: NDArray[np.uint8], size: int, noise_share: float
+) -> NDArray[np.uint8]:
+    """So many bytes of the text; with this chance a few bytes of any kind, repeated, are a stretch of it.
+
+    Bytes that a text never has would meet a model as vectors that were never trained.
+    """
+    begin = int(rng.integers(len(text) - size))
+    filler = text[begin : begin + size]
+    if rng.random() < noise_share:
+        first, last = np.sort(rng.integers(size + 1, size=2)).tolist()
+        some = rng.integers(256, size=int(rng.integers(1, 9))).astype(np.uint8)
+        filler = np.concatenate([filler[:first], np.resize(some, last - first), filler[last:]])
+    return filler
+
+
 class _Row(NamedTuple):
     text: bytes
     places: Array
@@ -121,13 +137,19 @@ def _draw_row(
     language = draw_language(rng, shape.words, config.letter_range)
     has_grammar, has_words = (rng.random(2) < (config.grammar_share, config.dictionary_share)).tolist()
     pieces = book(rng, language, has_grammar=has_grammar, entries=float(has_words))
-    items = draw_items(rng, language, shape.sentences, words=shape.single, phrases=shape.phrases)
+    sentences = draw_sentences(
+        rng,
+        language,
+        shape.sentences,
+        adjective_share=config.adjective_share,
+        plural_share=config.plural_share,
+    )
+    items = draw_items(rng, sentences, words=shape.single, phrases=shape.phrases)
     answers = [ask(language, item) for item in items]
-    begin = int(rng.integers(len(text) - shape.filler))
     laid = lay_out(
         rng,
         [*pieces, *(Piece(one.query + one.answer) for one in answers)],
-        text[begin : begin + shape.filler],
+        draw_filler(rng, text, shape.filler, config.noise_share),
     )
     places: list[int] = []
     pointers: list[int] = []
