@@ -25,7 +25,7 @@ from moe.probes.language.grammar import (
     draw_sentences,
     is_shown,
 )
-from moe.probes.language.training import draw_shape, training_batch
+from moe.probes.language.training import draw_filler, draw_shape, training_batch
 
 DOGS, CAT = Phrase("dog", True, "big"), Phrase("cat", False, "", "O")
 SEE = Sentence(DOGS, "see", CAT)
@@ -265,11 +265,48 @@ def test_filler_grows_to_its_most():
     assert not draw_shape(rng(), LanguageConfig(filler_share=0.0), 1.0).filler
 
 
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("size", [0, 1, 2, 300])
+def test_noise_is_a_stretch_of_a_few_bytes_repeated(size, seed):
+    text = np.arange(1000) % 7
+    plain = draw_filler(rng(seed), text.astype(np.uint8), size, 0.0)
+    assert len(plain) == size and (np.diff(plain.astype(int)) % 7 == 1).all()
+    noisy = draw_filler(rng(seed), text.astype(np.uint8), size, 1.0).astype(int)
+    assert len(noisy) == size
+    torn = np.flatnonzero(np.diff(noisy) % 7 != 1)
+    if len(torn):
+        stretch = noisy[torn[0] + 1 : torn[-1] + 1]
+        assert any((stretch[p:] == stretch[:-p]).all() for p in range(1, 9)) or len(stretch) < 9
+
+
+def test_noise_has_every_byte():
+    text = np.zeros(500, np.uint8)
+    seen = {byte for seed in range(800) for byte in draw_filler(rng(seed), text, 300, 1.0).tolist()}
+    assert len(seen) == 256
+
+
+def test_training_sentences_have_so_many_adjectives_and_plurals():
+    for adjectives, plurals in ((1.0, 0.0), (0.01, 1.0)):
+        config = LanguageConfig(
+            exercises=0.0, exercise_ramp=0.0, adjective_share=adjectives, plural_share=plurals
+        )
+        texts = b"".join(bytes(row.tolist()) for step in range(1, 7) for row in batch(step, config).ids)
+        asked = re.findall(rb"\n\?(S[SVOa-z ]+)>", texts)
+        words = [line.count(b" ") + 1 for line in asked]
+        plural = [len(word) == 5 for line in asked for word in line.split(b" ")]
+        assert len(asked) > 50
+        if adjectives == 1:
+            assert set(words) == {5} and not any(plural)
+        else:
+            assert np.mean(words) < 3.2 and 0.6 < np.mean(plural) < 0.7
+
+
 def test_exercises_are_words_and_phrases_and_become_fewer():
     def kinds(done: float, exercises: float) -> list[float]:
         shape = draw_shape(rng(), LanguageConfig(exercises=exercises, exercise_ramp=0.5), done)
         language = draw_language(rng(1), 11, (3, 3))
-        items = draw_items(rng(2), language, 4000, words=shape.single, phrases=shape.phrases)
+        sentences = draw_sentences(rng(2), language, 4000)
+        items = draw_items(rng(3), sentences, words=shape.single, phrases=shape.phrases)
         return [
             float(np.mean([isinstance(item, kind) for item in items])) for kind in (Word, Phrase, Sentence)
         ]
