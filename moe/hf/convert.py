@@ -177,7 +177,8 @@ def _convert_to_run(source: Source, target: Path, overrides: Sequence[str]) -> C
 def _untrained(decoder: Decoder, tokenizer: Tokenizer) -> RunConfig:
     base = PRESETS["demo"]()
     kind = "bpe" if isinstance(tokenizer, BPETokenizer) else "bytes"
-    return replace(base, model=decoder.config, data=replace(base.data, tokenizer=kind))
+    optim = replace(base.optim, optimizer="adamw")  # as nearly all published weights were trained
+    return replace(base, model=decoder.config, data=replace(base.data, tokenizer=kind), optim=optim)
 
 
 def _convert_to_gguf(source: Source, target: Path) -> Conversion:

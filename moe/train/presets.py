@@ -65,7 +65,7 @@ def demo() -> RunConfig:
         ),
         # Tests repeat themselves so much that gzip gains 0.3 bits a byte from them; the rest is 12 MB
         data=DataConfig(sequence_length=128, include_tests=False),
-        optim=OptimConfig(lr=3e-3, warmup_steps=50, selection_bias_rate=1e-2),
+        optim=OptimConfig(optimizer="muon", lr=3e-3, warmup_steps=50, selection_bias_rate=1e-2),
         train=TrainConfig(steps=600, batch_size=16, final_eval_tokens=262_144),
     )
 
