@@ -48,8 +48,8 @@ test: $(VENV)/.dev ## install, then run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/triton
 
-test-gpu: ## the tests of the kernels on a CUDA device; installs nothing
-	@ls tests/triton/test_*.py | OMP_NUM_THREADS=2 xargs -P $(GPU_WORKERS) -I FILE sh -c \
+test-gpu: ## the tests of the kernels and of Muon on a CUDA device; installs nothing
+	@ls tests/test_optim.py tests/triton/test_*.py | OMP_NUM_THREADS=2 xargs -P $(GPU_WORKERS) -I FILE sh -c \
 		'out=$$($(GPU_PYTHON) -m pytest -m gpu FILE 2>&1); code=$$?; echo "$$out"; exit $$code'
 
 test-triton: $(OTHER)/.ready ## the tests of the kernels with another Triton, e.g. VERSION=3.6.0

@@ -194,7 +194,7 @@ def test_a_large_matrix_becomes_nearly_orthogonal_and_zeros_stay():
 def with_gradients(parameters: list[torch.Tensor], seed: int) -> None:
     generator = torch.manual_seed(seed)
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def test_muon_agrees_with_torchs_own_on_matrices():
@@ -245,3 +245,21 @@ def test_muon_skips_what_has_no_gradient_and_returns_the_loss_of_a_closure():
 def test_muon_refuses_a_vector():
     with pytest.raises(ValueError, match=r"takes matrices, got a parameter of shape \(3,\)"):
         Muon([{"params": [torch.nn.Parameter(torch.ones(3))], "use_muon": True}])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_muon_takes_the_same_steps_up_to_bfloat16():
+    both = []
+    for device in ("cpu", "cuda"):
+        stack, vector = torch.nn.Parameter(torch.ones(3, 96, 64)), torch.nn.Parameter(torch.ones(5))
+        parameters = [stack, vector]
+        for parameter in parameters:
+            parameter.data = parameter.data.to(device)
+        groups = [{"params": [stack], "use_muon": True}, {"params": [vector]}]
+        optimizer = Muon(groups, lr=0.02, weight_decay=0.1, fused=True)
+        for step in range(3):
+            with_gradients(parameters, step)
+            optimizer.step()
+        both.append([(parameter.detach().cpu() - 1) for parameter in parameters])
+    for ours, theirs in zip(*both, strict=True):
+        assert (ours - theirs).norm() < 0.02 * ours.norm()
