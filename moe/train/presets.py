@@ -178,7 +178,7 @@ def senses() -> RunConfig:
 
 
 def language() -> RunConfig:
-    """Under eight minutes on two CPU cores: 8 experts, 2 a byte, that translate by a book in the context.
+    """Eight to nine minutes on two CPU cores: 8 experts, 2 a byte, that translate by a book in the context.
 
     Two full layers without positions, each after a sliding one; they begin as induction heads, the sliding
     ones as copies of what they see. docs/in-context.md says what each of these is worth.
