@@ -77,6 +77,8 @@ def test_none_stands_for_a_missing_value():
         ("optim.lr=nan", "must be at least 0"),
         ("optim.lr=-1.0", "optim.lr=-1.0 must be at least 0"),
         ("optim.beta2=1.5", "must be between 0 and 1"),
+        ("optim.momentum=1.5", "must be between 0 and 1"),
+        ("optim.optimizer=lion", "must be one of"),
         ("train.steps=0", "train.steps=0 must be at least 1"),
         ("train.accumulation=3", "train.batch_size=8 must be divisible"),
         ("train.checkpoint_every=7", "must be a multiple of train.log_every=5"),
