@@ -208,7 +208,7 @@ def language() -> RunConfig:
 
 
 def omni() -> RunConfig:
-    """Under twenty minutes on two CPU cores: one decoder for the needles of every sense and for languages.
+    """23 minutes on one CPU core: one decoder for the needles of every sense and for languages.
 
     The decoder of the preset `language` with one key head and embedders for every sense; steps alternate
     between the two tasks. docs/multimodal.md and docs/in-context.md say what it finds.
@@ -218,7 +218,7 @@ def omni() -> RunConfig:
         base,
         model=replace(base.model, num_key_value_heads=1, modalities=ModalityConfig()),
         data=replace(base.data, sequence_length=3072),
-        train=replace(base.train, steps=4200),
+        train=replace(base.train, steps=4200, final_eval_tokens=131_072),
         senses=SensesConfig(),
     )
 
