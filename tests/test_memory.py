@@ -1,5 +1,9 @@
 """How much memory is left: the machine's, or less where control groups allow less."""
 
+import json
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,7 +11,7 @@ import pytest
 import torch
 
 from moe.train.device import memory_available
-from moe.train.memory import host_memory_available
+from moe.train.memory import SET_BY_USERS, host_memory_available
 
 MIB = 2**20
 MACHINE = 8000 * MIB
@@ -112,3 +116,44 @@ def test_what_the_allocator_of_a_gpu_holds_unused_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 120)
     assert memory_available(torch.device("cuda")) == 1380
+
+
+REUSES = """
+import json, resource, sys
+import torch
+from moe.train.memory import keep_freed_memory
+
+def step():
+    for buffer in [torch.empty(2**20) for _ in range(48)]:  # 48 of 4 MiB each: 192 MiB
+        buffer.fill_(1)
+    del buffer
+
+def faults():
+    step()
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(json.dumps([faults(), keep_freed_memory(), faults()]))
+"""
+
+
+def page_faults(**environment: str) -> tuple[int, bool, int]:
+    """In a process of its own: page faults of a step before, what `keep_freed_memory` says, and after."""
+    ours = {name: value for name, value in os.environ.items() if name not in SET_BY_USERS} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", REUSES], env=ours, capture_output=True, text=True, check=True
+    )
+    return tuple(json.loads(done.stdout))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kept_memory_is_used_again_without_asking_linux():
+    before, is_kept, after = page_faults()
+    assert is_kept and after < before / 10
+
+
+def test_malloc_is_left_to_whoever_tuned_it():
+    _, is_kept, _ = page_faults(MALLOC_TRIM_THRESHOLD_="131072")
+    assert not is_kept

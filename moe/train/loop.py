@@ -15,6 +15,7 @@ from moe.train.data import Windows
 from moe.train.device import check_backend, choose_device, memory_in_use, peak_flops
 from moe.train.evaluate import Evaluation, evaluate
 from moe.train.header import header
+from moe.train.memory import keep_freed_memory
 from moe.train.metrics import NonFiniteError, eval_line, train_line
 from moe.train.run_folder import RunFolder
 from moe.train.settings import RunConfig
@@ -44,7 +45,8 @@ def train(
     """Run to the last step, from the beginning or from the newest checkpoint of the folder.
 
     Each text line of the run goes to `log`. Killed at any moment, the folder holds the last checkpoint.
-    A run that is refused leaves its folder as it was.
+    A run that is refused leaves its folder as it was. On a CPU the process then keeps memory that it frees
+    (`keep_freed_memory`).
 
     Raises:
         FileExistsError: the folder holds another run.
@@ -64,6 +66,8 @@ def train(
     corpus = load_tokens(config, tokenizer=known, log=log)  # refuses bad data before a folder is claimed
     windows = Windows(corpus.train, config.data.sequence_length)
     task = make_task(config, windows)  # as does this, where images or recordings are missing
+    if device.type == "cpu":
+        keep_freed_memory()
     with locked(folder), deterministic(device):
         if not resume:
             run.start(config)
