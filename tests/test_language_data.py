@@ -195,17 +195,21 @@ def told(text: bytes) -> bytes:
     return kept
 
 
-@pytest.mark.parametrize("dictionary", [0.0, 0.5, 1.0])
-def test_all_translations_and_nothing_else_are_predicted_but_for_unknown_words(dictionary):
+@pytest.mark.parametrize(
+    "shares",
+    [{"dictionary_share": 0.0}, {"dictionary_share": 0.5}, {"dictionary_share": 1.0}, {"partial_share": 1.0}],
+    ids=str,
+)
+def test_all_translations_and_nothing_else_are_predicted_but_for_unknown_words(shares):
     everything = 0
     for step in range(12):
-        made = batch(step, LanguageConfig(filler_share=0.5, letters=(4, 6), dictionary_share=dictionary))
+        made = batch(step, LanguageConfig(filler_share=0.5, letters=(4, 6), **shares))
         assert torch.equal(made.ids.gather(1, made.places + 1), made.targets)
         for ids, targets, is_answer in zip(made.ids, made.targets, made.is_answer, strict=True):
             text = bytes(ids.tolist())
             assert bytes(targets[is_answer].tolist()) == told(text)
             everything += len(told(text)) == len(b"".join(re.findall(rb">([A-Za-z ]+;)", text)))
-    assert (everything > 0) == (dictionary > 0)
+    assert (everything > 0) == (shares.get("dictionary_share") != 0)
 
 
 def test_pointers_lead_to_the_byte_to_copy_in_the_book():
@@ -285,22 +289,6 @@ def test_noise_has_every_byte():
     assert len(seen) == 256
 
 
-def test_training_sentences_have_so_many_adjectives_and_plurals():
-    for adjectives, plurals in ((1.0, 0.0), (0.01, 1.0)):
-        config = LanguageConfig(
-            exercises=0.0, exercise_ramp=0.0, adjective_share=adjectives, plural_share=plurals
-        )
-        texts = b"".join(bytes(row.tolist()) for step in range(1, 7) for row in batch(step, config).ids)
-        asked = re.findall(rb"\n\?(S[SVOa-z ]+)>", texts)
-        words = [line.count(b" ") + 1 for line in asked]
-        plural = [len(word) == 5 for line in asked for word in line.split(b" ")]
-        assert len(asked) > 50
-        if adjectives == 1:
-            assert set(words) == {5} and not any(plural)
-        else:
-            assert np.mean(words) < 3.2 and 0.6 < np.mean(plural) < 0.7
-
-
 def test_exercises_are_words_and_phrases_and_become_fewer():
     def kinds(done: float, exercises: float) -> list[float]:
         shape = draw_shape(rng(), LanguageConfig(exercises=exercises, exercise_ramp=0.5), done)
@@ -330,3 +318,12 @@ def test_shares_of_documents_have_grammar_and_dictionary():
     grammar = np.mean([bool(GRAMMAR.search(text)) for text in texts])
     words = np.mean([bool(ENTRY.search(text)) for text in texts])
     assert abs(grammar - 0.5) < 0.12 and abs(words - 0.8) < 0.1
+
+
+@pytest.mark.parametrize("partial", [0.0, 0.5, 1.0])
+def test_a_share_of_the_dictionaries_lacks_any_number_of_words(partial):
+    config = LanguageConfig(dictionary_share=1.0, partial_share=partial, large_share=0.0, filler_share=0.0)
+    texts = [bytes(ids.tolist()) for step in range(60) for ids in batch(step, config).ids]
+    sizes = [len(set(ENTRY.findall(text))) for text in texts]
+    assert abs(np.mean(np.array(sizes) < 11) - partial * 10.5 / 11) < 0.12  # of 11 words, half a word is one
+    assert not partial or set(sizes) == set(range(12))

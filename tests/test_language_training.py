@@ -121,7 +121,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, accumulation)
         ("language.letters=[4, 3]", "letters"),
         ("language.grammar_share=1.5", "is a share"),
         ("language.noise_share=-0.1", "is a share"),
-        ("language.adjective_share=0", "must be above 0"),
+        ("language.partial_share=2", "is a share"),
         ("language.most_sentences=0", "most_sentences=0 must be at least 1"),
         ("language.exercises=0.5", "exercises=0.5 must be from 0 to 0.3"),
         ("language.most_filler=10", "most_filler=10 must be at least 40"),

@@ -7,7 +7,7 @@ from moe.probes.language.grammar import check_words
 LEAST_FILLER = 20  # bytes, where there is some
 MOST_EXERCISES, FIRST_EXERCISES = 0.3, 0.4
 _SHARES = (
-    *("grammar_share", "dictionary_share", "large_share", "adjective_share", "plural_share"),
+    *("grammar_share", "dictionary_share", "partial_share", "large_share"),
     *("filler_share", "noise_share", "ramp", "exercise_ramp"),
 )
 
@@ -27,9 +27,8 @@ class LanguageConfig:
     letters: tuple[int, ...] = (2, 4)  # the least and the most of a foreign word
     grammar_share: float = 0.6  # of the documents have a grammar line
     dictionary_share: float = 0.9  # have a dictionary
+    partial_share: float = 0.25  # of the dictionaries lack words, up to all of them
     most_sentences: int = 24  # of a document; from 1, log-uniformly
-    adjective_share: float = 0.65  # of the noun phrases have an adjective; in tests 0.5
-    plural_share: float = 0.55  # have a plural s; in tests 0.4
     exercises: float = 0.1  # of the sentences are single words, and twice as many are noun phrases
     exercise_ramp: float = 0.15  # of the steps: until then there are more, at first 0.4 and 0.4
     filler_share: float = 0.5  # of the batches have text between the pieces
@@ -51,8 +50,6 @@ class LanguageConfig:
                 raise ValueError(
                     f"language.{name}={getattr(self, name)} is a share: give a number from 0 to 1."
                 )
-        if not self.adjective_share:
-            raise ValueError("language.adjective_share=0 must be above 0: adjectives are a part of the task.")
         if not 0 <= self.exercises <= MOST_EXERCISES:
             raise ValueError(
                 f"language.exercises={self.exercises} must be from 0 to {MOST_EXERCISES}: "

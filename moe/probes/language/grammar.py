@@ -181,26 +181,16 @@ def check_words(words: int, letters: tuple[int, int]) -> None:
         raise ValueError(f"letters={letters} must be the least and the most of a word, from 2 to 8.")
 
 
-def draw_sentences(
-    rng: np.random.Generator,
-    language: Language,
-    count: int,
-    *,
-    adjective_share: float = _ADJECTIVE,
-    plural_share: float = _PLURAL,
-) -> list[Sentence]:
-    """Random sentences with the words of a language; subject and object are different nouns.
-
-    The shares, above 0, are those of noun phrases with an adjective, and with a plural s.
-    """
+def draw_sentences(rng: np.random.Generator, language: Language, count: int) -> list[Sentence]:
+    """Random sentences with the words of a language; subject and object are different nouns."""
     nouns, verbs, adjectives = language.nouns, language.verbs, language.adjectives
     chance = rng.random((count, 6))
     first = (chance[:, 0] * len(nouns)).astype(int)
     other = (first + 1 + (chance[:, 1] * (len(nouns) - 1)).astype(int)) % len(nouns)
     verb = (chance[:, 2] * len(verbs)).astype(int)
-    plural = rng.random((count, 2)) < plural_share
+    plural = rng.random((count, 2)) < _PLURAL
     # one draw says whether there is an adjective and which
-    which = (chance[:, 3:5] / adjective_share * len(adjectives)).astype(int)
+    which = (chance[:, 3:5] / _ADJECTIVE * len(adjectives)).astype(int)
     adjective = np.where(which < len(adjectives), which, -1)
     choices = zip(*(x.tolist() for x in (first, other, verb, plural, adjective)), strict=True)
     return [

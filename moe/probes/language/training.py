@@ -135,15 +135,11 @@ def _draw_row(
     rng: np.random.Generator, text: NDArray[np.uint8], config: LanguageConfig, shape: Shape
 ) -> _Row:
     language = draw_language(rng, shape.words, config.letter_range)
-    has_grammar, has_words = (rng.random(2) < (config.grammar_share, config.dictionary_share)).tolist()
-    pieces = book(rng, language, has_grammar=has_grammar, entries=float(has_words))
-    sentences = draw_sentences(
-        rng,
-        language,
-        shape.sentences,
-        adjective_share=config.adjective_share,
-        plural_share=config.plural_share,
-    )
+    chances = rng.random(3) < (config.grammar_share, config.dictionary_share, config.partial_share)
+    has_grammar, has_words, is_partial = chances.tolist()
+    entries = has_words * (rng.random() if is_partial else 1.0)
+    pieces = book(rng, language, has_grammar=has_grammar, entries=entries)
+    sentences = draw_sentences(rng, language, shape.sentences)
     items = draw_items(rng, sentences, words=shape.single, phrases=shape.phrases)
     answers = [ask(language, item) for item in items]
     laid = lay_out(
