@@ -16,7 +16,7 @@ from moe.train.overrides import change, find_preset
 from moe.train.runs import Run
 from moe.train.tokenizer import ByteTokenizer
 
-GRAMMAR = re.compile(rb"\n!(\w{3}) (AN|NA) (PN|NP) s([A-Z]+) ;")
+GRAMMAR = re.compile(rb"\n!(\w{3}) (an|na) (pn|np) s([A-Z]+) ;")
 ENTRY = re.compile(rb"\n([a-z]{3})([A-Z]+) ;")
 
 
@@ -64,10 +64,10 @@ class Translator(Oracle):
         english, written = line[1:].split(b">")
         words = {a.decode(): b.decode() for a, b in ENTRY.findall(text)}
         order, adjective, plural, some = (
-            found.groups() if (found := GRAMMAR.search(text)) else (b"SVO", b"AN", b"PN", b"?")
+            found.groups() if (found := GRAMMAR.search(text)) else (b"SVO", b"an", b"pn", b"?")
         )
         language = Language(
-            Known(words | {"s": some.decode()}), order.decode(), adjective == b"AN", plural == b"PN"
+            Known(words | {"s": some.decode()}), order.decode(), adjective == b"an", plural == b"pn"
         )
         parts = language.translate(parse(english.decode()))
         answer = "".join(f"{part.gloss}{part.foreign} " for part in parts) + ";"

@@ -1,6 +1,7 @@
 """Languages, documents and training batches: what a book says is what the translations follow."""
 
 import re
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_a_book_says_all_that_a_translation_needs():
         text = b"".join(piece.text for piece in book(rng(seed), language, has_grammar=True, entries=1.0))
         order, adjective, plural, some = (part.decode() for part in GRAMMAR.findall(text)[0])
         words = {a.decode(): b.decode() for a, b in ENTRY.findall(text)}
-        again = Language(Known(words | {"s": some}), order, adjective == "AN", plural == "PN")
+        again = Language(Known(words | {"s": some}), order, adjective == "an", plural == "pn")
         for sentence in draw_sentences(rng(seed + 1), language, 5):
             assert again.translate(sentence) == language.translate(sentence)
 
@@ -166,8 +167,8 @@ def test_pieces_are_laid_out_in_order_with_all_of_the_filler_between_them():
     for piece in pieces:
         rest = rest.replace(piece.text, b"")
     assert rest == filler.tobytes()
-    for role in "SVO":
-        assert chr(laid.text[laid.words.pop(role)]) == role
+    for letter in ("S", "V", "O", "na", "aa", "pp", "np"):  # and its rule
+        assert chr(laid.text[laid.words.pop(letter)]) == letter[0]
     for word, place in laid.words.items():
         assert laid.text[place : place + 3].decode() == WORDS[word]
     assert set(laid.words) == {"dog", "s"}
@@ -228,18 +229,33 @@ def test_pointers_lead_to_the_byte_to_copy_in_the_book():
     assert found > 100
 
 
-def test_roles_point_at_their_letter_in_the_grammar_line():
-    found = 0
-    for step in range(6):
-        made = batch(step, LanguageConfig(grammar_share=1.0, exercises=0.0))
-        for ids, targets, pointers in zip(made.ids, made.targets, made.pointers, strict=True):
-            line = GRAMMAR.search(bytes(ids.tolist()))
+def test_glosses_point_at_their_letters_in_the_grammar_line():
+    """The role at the order; a at its rule, p at its own, n at that of a where there is one."""
+    seen = Counter[str]()
+    for step in range(12):
+        made = batch(step, LanguageConfig(grammar_share=1.0, exercises=0.0, partial_share=0.0))
+        for row in zip(made.ids, made.places, made.pointers, strict=True):
+            ids, places, pointers = (x.tolist() for x in row)
+            pointed = dict(zip(places, pointers, strict=True))
+            text = bytes(ids)
+            line = GRAMMAR.search(text)
             assert line is not None
-            order = torch.arange(*line.span(1))
-            pointed = targets[torch.isin(pointers, order)]
-            assert torch.equal(ids[pointers[torch.isin(pointers, order)]], pointed)
-            found += len(pointed)
-    assert found > 100
+            spans = {name: range(*line.span(i)) for i, name in ((1, "order"), (2, "a"), (3, "p"))}
+            for answer in re.finditer(rb">((?:[SVO][nvap][A-Z]+ )+);", text):
+                glosses = list(re.finditer(rb"([SVO][nvap])[A-Z]+ ", text[: answer.end()][answer.start(1) :]))
+                kinds = {found[1] for found in glosses}
+                for found in glosses:
+                    place = answer.start(1) + found.start() - 1  # the byte before the gloss predicts it
+                    role, kind = found[1].decode()
+                    assert pointed[place] in spans["order"]
+                    if kind == "v":
+                        assert pointed[place + 1] == -1
+                        continue
+                    has_adjective = f"{role}a".encode() in kinds
+                    rule = "a" if kind == "a" or (kind == "n" and has_adjective) else "p"
+                    assert pointed[place + 1] in spans[rule] and ids[pointed[place + 1]] == ord(kind)
+                    seen[kind + rule] += 1
+    assert set(seen) == {"na", "aa", "np", "pp"} and min(seen.values()) > 50
 
 
 def test_places_rise_and_lie_inside():

@@ -36,7 +36,7 @@ class LanguageConfig:
     first_filler: int = 40  # the most at the beginning
     noise_share: float = 0.2  # of the documents with filler have, in it, a few bytes of any kind repeated
     ramp: float = 0.6  # of the steps: until then the most filler grows to `most_filler`
-    pointer_loss: float = 0.5  # weight of the attention on the byte to copy; 0 switches it off
+    pointer_loss: float = 0.75  # weight of the attention on the byte to copy; 0 switches it off
 
     def __post_init__(self) -> None:
         if len(self.letters) != 2:

@@ -1,6 +1,6 @@
 """Documents: the book of a language and parallel examples, in any order, with real text between them.
 
-    !SOV NA PN sKIB ;       order; noun, adjective; plural word, noun; the plural word
+    !SOV na pn sKIB ;       order; noun, adjective; plural word, noun; the plural word
     dogVUR ;                an entry of the dictionary
     ?Sbig Sdogs Vsee Ocat>SpKIB SnVUR SaWO OnFEMA VvTAS ;   a sentence and its translation
 
@@ -21,8 +21,10 @@ WORD_END, END = " ", ";"
 
 
 class Piece(NamedTuple):
-    """Bytes of a document, and where foreign words begin in them, by their English word; and, in a grammar
-    line, where the letter of each role stands.
+    """Bytes of a document, and where foreign words begin in them, by their English word.
+
+    In a grammar line also where roles stand, by their letters, and kinds, by letter and rule: "na" is the n
+    beside a, "np" that beside p.
     """
 
     text: bytes
@@ -39,10 +41,12 @@ class Answer(NamedTuple):
 
 def grammar_line(language: Language) -> Piece:
     """The rules, with the plural word."""
-    adjective = "AN" if language.adjective_first else "NA"
-    plural = "PN" if language.plural_first else "NP"
+    adjective = "an" if language.adjective_first else "na"
+    plural = "pn" if language.plural_first else "np"
     head = f"\n!{language.order} {adjective} {plural} {PLURAL}"
     places = {role: 2 + i for i, role in enumerate(language.order)} | {PLURAL: len(head)}
+    places |= {letter + "a": head.index(adjective) + i for i, letter in enumerate(adjective)}
+    places |= {letter + "p": head.index(plural) + i for i, letter in enumerate(plural)}
     return Piece(f"{head}{language.words[PLURAL]}{WORD_END}{END}".encode(), places)
 
 

@@ -152,20 +152,33 @@ def _draw_row(
     known = set(laid.words)
     for one, start in zip(answers, laid.starts[len(pieces) :], strict=True):
         place = start + len(one.query) - 1
+        glosses = [part.gloss for part in one.parts]
         for gloss, english, foreign in one.parts:
             places += range(place, place + len(gloss))
-            pointers += [laid.words.get(gloss[0], -1), -1] if gloss else []  # the role is in the grammar line
+            pointers += [laid.words.get(key, -1) for key in _rules_of(gloss, glosses)]
             place += len(gloss)
             if english in known:
                 at = laid.words.get(english)
-                places += range(place, place + len(foreign) + 1)
-                pointers += [-1] * len(foreign) if at is None else range(at, at + len(foreign))
-                pointers.append(-1)  # the space
+                size = len(foreign) + 1  # with the space
+                places += range(place, place + size)
+                pointers += [-1] * size if at is None else range(at, at + size)
             known.add(english)
             place += len(foreign) + 1
         places.append(place)
         pointers.append(-1)  # the end
     return _Row(laid.text, np.array(places), np.array(pointers))
+
+
+def _rules_of(gloss: str, glosses: list[str]) -> list[str]:
+    """Where, in the grammar line, each letter of a gloss is found, as keys of its `Piece.words`.
+
+    The order of adjective and noun is a rule of its own, and so is that of plural word and noun.
+    """
+    if not gloss:
+        return []
+    role, kind = gloss
+    rule = "a" if kind == "a" or (kind == "n" and role + "a" in glosses) else "p"
+    return [role, kind + rule]
 
 
 def _check_text(text: NDArray[np.uint8], length: int) -> None:
