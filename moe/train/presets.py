@@ -178,7 +178,7 @@ def senses() -> RunConfig:
 
 
 def language() -> RunConfig:
-    """Eight to nine minutes on two CPU cores: 8 experts, 2 a byte, that translate by a book in the context.
+    """Under eight minutes on two CPU cores: 8 experts, 2 a byte, that translate by a book in the context.
 
     Two full layers without positions, each after a sliding one; they begin as induction heads, the sliding
     ones as copies of what they see. docs/in-context.md says what each of these is worth.
@@ -208,7 +208,7 @@ def language() -> RunConfig:
 
 
 def omni() -> RunConfig:
-    """23 minutes on one CPU core: one decoder for the needles of every sense and for languages.
+    """Under twenty minutes on two CPU cores: one decoder for the needles of every sense and for languages.
 
     The decoder of the preset `language` with one key head and embedders for every sense; steps alternate
     between the two tasks. docs/multimodal.md and docs/in-context.md say what it finds.
