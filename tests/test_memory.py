@@ -148,12 +148,16 @@ def page_faults(**environment: str) -> tuple[int, bool, int]:
     return tuple(json.loads(done.stdout))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+@needs_glibc
 def test_kept_memory_is_used_again_without_asking_linux():
     before, is_kept, after = page_faults()
     assert is_kept and after < before / 10
 
 
+@needs_glibc
 def test_malloc_is_left_to_whoever_tuned_it():
     _, is_kept, _ = page_faults(MALLOC_TRIM_THRESHOLD_="131072")
     assert not is_kept

@@ -77,7 +77,7 @@ class Laid:
     """Pieces laid out, filler between them.
 
     starts  of each piece
-    words   where each foreign word of the book begins, and where each role is named
+    words   where each foreign word of the book begins and each role and kind is named: `Piece.words` of all
     """
 
     text: bytes
